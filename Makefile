@@ -1,0 +1,56 @@
+# `make run` serves the built-in model on two ranks; `make test` runs every check. `make help` lists the rest.
+
+PYTHON ?= python3
+DEVICE ?= auto
+PORT ?= 8000
+BACKEND ?=
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.dplaunch-env
+
+.DEFAULT_GOAL := help
+.PHONY: help env run test test-without-ray lint types bench-launch bench-serve bench-memory bench-dispatch clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
+
+env: $(STAMP) ## the virtual environment .venv (PYTHON=python3.12, DEVICE=cpu|cuda)
+	@:
+
+$(STAMP): setup.cfg scripts/make_env.py
+	@$(PYTHON) scripts/make_env.py --device $(DEVICE)
+
+run: env ## two ranks of the built-in model on 127.0.0.1:8000 (PORT=8080, ARGS="--max-model-len 2048")
+	@$(BIN)/dplaunch --backend mp --dp 2 --port $(PORT) $(ARGS)
+
+test: lint types ## lint, types and all tests (ARGS="-k zygote -x")
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-without-ray: env ## what needs no engine core, with Ray uninstalled (`make env` brings it back)
+	@$(BIN)/python -m pip uninstall --quiet --yes ray
+	@rm -f $(STAMP)
+	@$(BIN)/python -m pytest -m "not real" $(ARGS)
+
+lint: env ## ruff's linter and formatter
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: env ## mypy, strict
+	@$(BIN)/mypy
+
+bench-launch: env ## process start to first answer, beside stock vLLM (BACKEND=ray, ARGS="--quick")
+	@$(BIN)/python -m benchmarks.bench_launch $(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
+
+bench-serve: env ## tokens per second over HTTP and in process, beside stock vLLM
+	@$(BIN)/python -m benchmarks.bench_serve $(ARGS)
+
+bench-memory: env ## memory that is not a rank's own, beside stock vLLM
+	@$(BIN)/python -m benchmarks.bench_memory $(ARGS)
+
+bench-dispatch: env ## what a request costs with Ray over what it costs without (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.bench_dispatch $(ARGS)
+
+clean: ## removes everything that make made, .venv too
+	rm -rf .venv build dist dplaunch.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

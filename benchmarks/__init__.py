@@ -1,0 +1,1 @@
+"""Stock vLLM and dplaunch side by side, on the same model in one run."""

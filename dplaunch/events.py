@@ -1,0 +1,54 @@
+"""What happens to a group, as a stream that anyone may watch: the progress table, the log, a test."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+class RankState(enum.StrEnum):
+    """Where a rank is in its life."""
+
+    STARTING = "starting"  # its process is being made, or loads
+    READY = "ready"  # it proved itself and takes requests
+    DOWN = "down"  # it ended unasked; a restart may follow
+    STOPPING = "stopping"  # it was asked to end
+    STOPPED = "stopped"  # it ended as asked
+    FAILED = "failed"  # it ended and does not come back
+
+
+class Level(enum.StrEnum):
+    """How much an event matters to someone who watches."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One thing that happened.
+
+    Args:
+        message: one line for people, complete without the other fields.
+        rank: the rank that it happened to; None for the group.
+        incarnation: the rank's incarnation.
+        state: the rank's state from now on; None when unchanged or when it is about the group.
+        phase: what a starting rank is busy with: importing, loading, compiling, capturing, warming.
+        level: how much it matters.
+        at: Unix time, seconds.
+    """
+
+    message: str
+    rank: int | None = None
+    incarnation: int = 0
+    state: RankState | None = None
+    phase: str = ""
+    level: Level = Level.INFO
+    at: float = field(default_factory=time.time)
+
+
+Listener = Callable[[Event], None]
+"""Called in the group's event loop for every event; must not block and must not raise."""

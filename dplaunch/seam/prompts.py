@@ -1,0 +1,109 @@
+"""Prompts as users write them, made into what AsyncLLM takes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of chat messages."""
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
+
+
+async def render(engine: Any, prompt: Any) -> Any:
+    """A string, token ids, a vLLM prompt dict, or chat messages, tokenized as AsyncLLM takes it.
+
+    Chat messages go through the model's own chat template, with a generation prompt and without a second BOS
+    token, as `vllm.LLM.chat` does it.
+
+    Raises:
+        ValueError: when the prompt is empty or of no known kind, or the model has no chat template.
+    """
+    if is_chat(prompt):
+        return await _render_chat(engine, list(prompt))
+    if isinstance(prompt, Mapping) and "type" in prompt:
+        return prompt  # Rendered by the caller, with vLLM's own renderer.
+    if not isinstance(prompt, str | Mapping):
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+            raise ValueError(f"a prompt is a string, token ids or chat messages, not {type(prompt).__name__}")
+        prompt = {"prompt_token_ids": list(prompt)}
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+    renderer = engine.renderer
+    parsed = parse_model_prompt(engine.model_config, prompt)
+    inputs = await renderer.render_cmpl_async([parsed], renderer.default_cmpl_tok_params)
+    return inputs[0]
+
+
+def submit(
+    engine: Any,
+    prompt: Any,
+    params: Any,
+    request_id: str,
+    *,
+    data_parallel_rank: int | None,
+    lora_request: Any,
+) -> AsyncIterator[Any]:
+    """Hands a rendered prompt to the engine; yields its final output alone."""
+    from vllm import PoolingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    if isinstance(params, PoolingParams):
+        return _pool(engine, prompt, params, request_id, data_parallel_rank, lora_request)
+    if params is None:
+        params = default_params(engine)
+    params = params.clone()
+    # One message at the end: a batch has no use for the steps in between.
+    params.output_kind = RequestOutputKind.FINAL_ONLY
+    outputs: AsyncIterator[Any] = engine.generate(
+        prompt,
+        params,
+        request_id,
+        prompt_text=prompt.get("prompt"),  # Given back with the output.
+        data_parallel_rank=data_parallel_rank,
+        lora_request=lora_request,
+    )
+    return outputs
+
+
+async def _pool(
+    engine: Any, prompt: Any, params: Any, request_id: str, data_parallel_rank: int | None, lora_request: Any
+) -> AsyncIterator[Any]:
+    # AsyncLLM.encode does this too, but cannot pin.
+    queue = await engine.add_request(
+        request_id, prompt, params, data_parallel_rank=data_parallel_rank, lora_request=lora_request
+    )
+    output = None
+    try:
+        output = await queue.get()
+    finally:
+        if output is None:
+            await engine.abort(queue.request_id, internal=True)
+    yield output
+
+
+def default_params(engine: Any) -> Any:
+    """The model's own sampling parameters (its generation_config.json), as `vllm.LLM` uses them."""
+    from vllm import SamplingParams
+
+    return SamplingParams(**engine.model_config.get_diff_sampling_param())
+
+
+def delta_params(engine: Any, params: Any) -> Any:
+    """The parameters for a stream: each output carries only what is new."""
+    from vllm.sampling_params import RequestOutputKind
+
+    params = (default_params(engine) if params is None else params).clone()
+    params.output_kind = RequestOutputKind.DELTA
+    return params
+
+
+async def _render_chat(engine: Any, messages: list[Any]) -> Any:
+    from vllm.renderers import ChatParams
+
+    renderer = engine.renderer
+    params = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
+    tokens = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+    _, inputs = await renderer.render_chat_async([messages], params, tokens)
+    return inputs[0]

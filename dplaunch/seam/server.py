@@ -1,0 +1,35 @@
+"""vLLM's own OpenAI app over our engine; every endpoint and flag is vLLM's."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def import_server() -> None:
+    """Imports what the app needs, while the ranks load."""
+    import vllm.entrypoints.launchers.api_server.app_state
+    import vllm.entrypoints.launchers.app
+    import vllm.entrypoints.openai.chat_completion.serving  # noqa: F401
+
+
+async def make_app(engine: Any, args: argparse.Namespace) -> Any:
+    """The FastAPI app: chat, completions, embeddings where the model has them, /metrics, /health and the rest."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+
+    tasks = await engine.get_supported_tasks()
+    app = build_app(args, tasks, engine.model_config)
+    await init_app_state(engine, app.state, args, tasks)
+    return app
+
+
+def load_plugins(args: argparse.Namespace) -> None:
+    """Registers the user's own tool and reasoning parsers."""
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)

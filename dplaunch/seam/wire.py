@@ -1,0 +1,96 @@
+"""vLLM's wire protocol between a frontend and an engine core: constants at once, codecs when vLLM is imported.
+
+Source: vllm/v1/engine/core.py (EngineCoreProc), vllm/v1/engine/__init__.py and vllm/v1/serial_utils.py, checked
+with 0.32. Messages to an engine: [request type, payload frames...]; from it: the frames of one EngineCoreOutputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+ADD = b"\x00"
+ABORT = b"\x01"
+UTILITY = b"\x03"
+
+ENGINE_DEAD = b"ENGINE_CORE_DEAD"
+"""The one-frame message that an engine core sends when its loop has raised."""
+
+ENGINE_IDENTITY = (0).to_bytes(2, "little")
+"""An independent rank runs as engine 0 of 1: its ZeroMQ identity. The link that it is on says which rank it is."""
+
+
+def encode_addresses(inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+    """The answer to HELLO: one input and one output address for each frontend.
+
+    Written as a plain map, which is how msgspec writes vLLM's dataclass EngineHandshakeMetadata, so that a rank can
+    be answered while the launcher still imports vLLM.
+    """
+    addresses = {
+        "inputs": list(inputs),
+        "outputs": list(outputs),
+        "coordinator_input": None,
+        "coordinator_output": None,
+        "frontend_stats_publish_address": None,
+    }
+    return msgspec.msgpack.encode({"addresses": addresses, "parallel_config": {}})
+
+
+class Codec:
+    """Encodes requests and decodes outputs with vLLM's own classes; importing vLLM is its first use's cost."""
+
+    @functools.cached_property
+    def _encoder(self) -> Any:
+        from vllm.v1.serial_utils import MsgpackEncoder
+
+        return MsgpackEncoder()
+
+    @functools.cached_property
+    def _decoder(self) -> Any:
+        from vllm.v1.engine import EngineCoreOutputs
+        from vllm.v1.serial_utils import MsgpackDecoder
+
+        return MsgpackDecoder(EngineCoreOutputs)
+
+    def encode(self, message: Any) -> Sequence[Any]:
+        """The frames of a request, a list of request ids, or a utility call (client, call id, method, args)."""
+        frames: Sequence[Any] = self._encoder.encode(message)
+        return frames
+
+    def decode(self, frames: Sequence[Any]) -> Any:
+        """An EngineCoreOutputs."""
+        return self._decoder.decode(frames)
+
+
+def failed_outputs(requests: Sequence[Any]) -> Any:
+    """An EngineCoreOutputs that ends the requests with finish reason "error", as an engine core itself would.
+
+    A pooling request ends with an empty vector: vLLM's frontend has no error for one, and dies of one without.
+    """
+    import torch
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+    outputs = [
+        EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            pooling_output=None if request.pooling_params is None else torch.empty(0),
+            finish_reason=FinishReason.ERROR,
+        )
+        for request in requests
+    ]
+    return EngineCoreOutputs(outputs=outputs)
+
+
+def pinned_engine(request: Any, ranks: int) -> int | None:
+    """The rank that vLLM wants a request on: the caller's, or that of a late-interaction query; None for any."""
+    rank: int | None = request.data_parallel_rank
+    if rank is not None:
+        return rank
+    from vllm.v1.pool.late_interaction import get_late_interaction_engine_index
+
+    index: int | None = get_late_interaction_engine_index(request.pooling_params, ranks)
+    return index

@@ -1,0 +1,145 @@
+"""The utility calls of the stand-in engine, under vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dplaunch.backend import RankBoot
+from dplaunch.testing import wire
+from dplaunch.testing.faults import StandInPlan
+from dplaunch.testing.host import Host
+
+LORA_ID = 1
+"""The place of the adapter's number in vLLM's LoRARequest, which travels as an array."""
+
+
+class Utilities:
+    """Each public method is a call; what it returns is sent back.
+
+    Args:
+        abort_all: aborts every request in flight.
+        grandchild: the pid of the process that the engine left running, if any.
+    """
+
+    def __init__(
+        self,
+        boot: RankBoot,
+        plan: StandInPlan,
+        host: Host,
+        abort_all: Callable[[], None],
+        grandchild: int | None,
+    ) -> None:
+        self._boot = boot
+        self._plan = plan
+        self._host = host
+        self._abort_all = abort_all
+        self._grandchild = grandchild
+        self._fault = plan.fault_of(boot.rank, boot.incarnation)
+        self._loras: set[int] = set()
+        self._weight_version = "default"
+        self._sleeping = False
+        self._paused = False
+
+    def dplaunch_report(self) -> dict[str, Any]:
+        """Who the rank is, as seen from inside."""
+        seen = self._host.report()
+        env = seen["env"]
+        masked = env.get("CUDA_VISIBLE_DEVICES") if isinstance(env, dict) else None
+        return seen | {
+            "rank": self._boot.rank,
+            "incarnation": self._boot.incarnation,
+            "instance_id": self._fault.instance_id or self._boot.instance_id,
+            "engine_id": self._boot.engine_id,
+            "data_parallel_index": self._boot.rank,
+            "devices": masked.split(",") if masked else [str(core) for core in self._boot.cpus],
+            "dtype": self._plan.dtype,
+            "executor": "uni",
+            "grandchild": self._grandchild,
+        }
+
+    def echo(self, value: Any = None) -> Any:
+        """The argument."""
+        return value
+
+    def get_supported_tasks(self) -> list[str]:
+        return ["generate"]
+
+    def collective_rpc(
+        self, method: Any, timeout: float | None = None, args: Any = (), kwargs: Any = None
+    ) -> list[Any]:
+        """One answer, as from one worker: what was called, and with what."""
+        return [{"method": method, "args": args, "kwargs": kwargs}]
+
+    def is_sleeping(self) -> bool:
+        return self._sleeping
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        if mode == "abort":
+            self._abort_all()
+        self._sleeping = True
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        self._sleeping = False
+        return True
+
+    def pause_scheduler(self, mode: str = "abort", clear_cache: bool = True) -> None:
+        if mode == "abort":
+            self._abort_all()
+        self._paused = True
+
+    def resume_scheduler(self) -> None:
+        self._paused = False
+
+    def is_scheduler_paused(self) -> bool:
+        return self._paused
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        return True
+
+    def reset_mm_cache(self) -> None:
+        pass
+
+    def reset_encoder_cache(self) -> None:
+        pass
+
+    def execute_dummy_batch(self) -> None:
+        pass
+
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None) -> None:
+        pass
+
+    def add_lora(self, lora_request: list[Any]) -> bool:
+        self._loras.add(lora_request[LORA_ID])
+        return True
+
+    def remove_lora(self, lora_id: int) -> bool:
+        known = lora_id in self._loras
+        self._loras.discard(lora_id)
+        return known
+
+    def list_loras(self) -> set[int]:
+        return self._loras
+
+    def pin_lora(self, lora_id: int) -> bool:
+        return lora_id in self._loras
+
+    def set_weight_version(self, weight_version: str) -> None:
+        self._weight_version = weight_version
+
+    def get_weight_version(self) -> str:
+        return self._weight_version
+
+
+def call(utilities: Utilities, call_id: int, method: str, arguments: list[Any]) -> wire.UtilityOutput:
+    """The answer to one call; one that fails, or that there is none of, fails in vLLM's words."""
+    try:
+        result = getattr(utilities, method)(*arguments)
+    except Exception as error:
+        return wire.UtilityOutput(call_id, f"Call to {method} method failed: {error}")
+    return wire.UtilityOutput(call_id, None, (None, result))
+
+
+def stands_still(utilities: Utilities) -> bool:
+    """Whether the engine sleeps or is paused, and answers nothing."""
+    return utilities.is_sleeping() or utilities.is_scheduler_paused()

@@ -1,0 +1,207 @@
+"""Beside plain answers, over two ranks: adapters, pooling, KV connectors, worker processes, grammars."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+import dplaunch
+from dplaunch import demo_convert
+from tests.real.conftest import ENGINE_ARGS, run_command
+from tests.real.families import wait_gone
+
+ARGS: dict[str, Any] = {**ENGINE_ARGS, "max_model_len": 256, "kv_cache_memory_bytes": 32 * 2**20}
+
+
+def greedy(**options: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **options})
+
+
+def tokens(output: Any) -> list[int]:
+    return list(output.outputs[0].token_ids)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama: two layers, 2 MB."""
+    directory = tmp_path_factory.mktemp("tiny")
+    demo_convert.write_random(directory)
+    return directory
+
+
+# Adapters.
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of rank 8 for the tiny model that turns its answers over."""
+    import numpy
+    import safetensors.numpy
+
+    directory = tmp_path_factory.mktemp("adapter")
+    targets = ("q_proj", "o_proj")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(tiny),
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    config = json.loads((tiny / "config.json").read_text())
+    hidden = config["hidden_size"]
+    random = numpy.random.default_rng(1)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name in targets:
+            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{at}.lora_A.weight"] = random.normal(0, 0.5, (8, hidden)).astype(numpy.float32)
+            weights[f"{at}.lora_B.weight"] = random.normal(0, 0.5, (hidden, 8)).astype(numpy.float32)
+    safetensors.numpy.save_file(weights, directory / "adapter_model.safetensors")
+    return directory
+
+
+def test_an_adapter_answers_on_both_ranks_and_is_loaded_by_all(tiny: Path, adapter: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    lora = LoRARequest("tiny-adapter", 1, str(adapter))
+    with dplaunch.launch(model=str(tiny), dp=2, enable_lora=True, max_lora_rank=8, **ARGS) as group:
+        plain = [tokens(group.generate("Hello", greedy(), data_parallel_rank=rank)[0]) for rank in (0, 1)]
+        changed = [
+            tokens(group.generate("Hello", greedy(), data_parallel_rank=rank, lora_request=lora)[0]) for rank in (0, 1)
+        ]
+        assert plain[0] == plain[1]
+        assert changed[0] == changed[1] != plain[0]
+        mixed = group.generate(["Hello"] * 4, greedy(), lora_request=[lora, None, lora, None])
+        assert [tokens(output) for output in mixed] == [changed[0], plain[0]] * 2
+        second = LoRARequest("the-same-again", 2, str(adapter))
+        assert group.call("add_lora", second) == [True, True]
+        assert [set(loras) >= {2} for loras in group.call("list_loras")] == [True, True]
+        assert group.call("remove_lora", 2) == [True, True]
+
+
+# Pooling.
+
+
+def test_a_pooling_model_gives_the_same_vectors_on_both_ranks(tiny: Path) -> None:
+    from vllm import PoolingParams
+
+    params = PoolingParams(task="embed")
+    with dplaunch.launch(model=str(tiny), dp=2, runner="pooling", **ARGS) as group:
+        prompts = ["the sky", "is", "a long way up there"]
+        vectors = [
+            [output.outputs.data.tolist() for output in group.generate(prompts, params, data_parallel_rank=rank)]
+            for rank in (0, 1)
+        ]
+        many = group.generate(prompts * 8, params)
+        assert vectors[0] == vectors[1]
+        assert len({tuple(vector) for vector in vectors[0]}) == 3
+        assert all(len(vector) == 128 for vector in vectors[0])
+        for index, output in enumerate(many):
+            assert output.outputs.data.tolist() == pytest.approx(vectors[0][index % 3], abs=1e-5)
+
+
+def test_embeddings_are_served_over_http(tiny: Path, tmp_path: Path) -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in ARGS.items() if value is not True]
+    command = run_command(
+        *("--dp", "2", "--model", str(tiny), "--port", "0", "--log-dir", str(tmp_path / "logs")),
+        *("--runner", "pooling", "--enforce-eager", *flags),
+    )
+    try:
+        address = command.wait_for(r"http://127\.0\.0\.1:\d+")[0]
+        command.wait_for("Ctrl-C")
+        body = {"model": str(tiny), "input": ["the sky", "the sea", "the sky", "the sky"]}
+        response = httpx.post(f"{address}/v1/embeddings", json=body, timeout=60)
+        response.raise_for_status()
+        vectors = [entry["embedding"] for entry in response.json()["data"]]
+        assert [len(vector) for vector in vectors] == [128] * 4
+        assert vectors[0] == pytest.approx(vectors[2], abs=1e-5)
+        assert vectors[0] != pytest.approx(vectors[1], abs=1e-2)
+        assert command.interrupt() == 0, command.output
+    finally:
+        if command.process.poll() is None:
+            command.process.kill()
+            command.end()
+
+
+# A KV connector, and ranks with worker processes.
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the connector keeps what it stores."""
+    return tmp_path_factory.mktemp("kv")
+
+
+@pytest.fixture(scope="module")
+def connected(tiny: Path, store: Path) -> Iterator[dplaunch.Group]:
+    """Two ranks with a worker process each and a connector that writes its blocks to files."""
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "engine_id": "peers-know-me-as",
+        "kv_connector_extra_config": {"shared_storage_path": str(store)},
+    }
+    with dplaunch.launch(model=str(tiny), dp=2, executor="mp", kv_transfer_config=connector, **ARGS) as group:
+        yield group
+
+
+def test_each_rank_registers_under_its_own_name_seen_from_inside(connected: dplaunch.Group) -> None:
+    reports = connected.call("dplaunch_report")
+    assert [report["engine_id"] for report in reports] == ["peers-know-me-as_dp0", "peers-know-me-as_dp1"]
+    base = connected.plan.base_id
+    assert [report["instance_id"] for report in reports] == [f"{base}_dp0", f"{base}_dp1"]
+
+
+def test_what_one_rank_stored_the_other_loads(connected: dplaunch.Group, store: Path) -> None:
+    prompt = "A prompt that is longer than a block of the cache, so that there is something to store. " * 2
+    first, second = (connected.generate(prompt, greedy(), data_parallel_rank=rank)[0] for rank in (0, 1))
+    assert list(store.rglob("*.safetensors"))
+    assert (first.num_cached_tokens, second.num_cached_tokens > 0) == (0, True)
+    assert tokens(first) == tokens(second)
+
+
+def test_a_rank_with_worker_processes_answers_and_they_end_with_it(connected: dplaunch.Group) -> None:
+    reports = connected.call("dplaunch_report")
+    assert [report["executor"] for report in reports] == ["MultiprocExecutor"] * 2
+    ranks = [psutil.Process(report["pid"]) for report in reports]
+    workers = [worker for rank in ranks for worker in rank.children()]
+    assert len(workers) >= 2
+    assert tokens(connected.generate("Hello", greedy())[0])
+    cores = [set(os.sched_getaffinity(rank.pid)) for rank in ranks]
+    assert [set(os.sched_getaffinity(rank.children()[0].pid)) for rank in ranks] == cores
+    connected.close()
+    wait_gone([*ranks, *workers])
+
+
+# Grammars.
+
+
+def test_a_grammar_binds_answers_of_the_python_call(group: dplaunch.Group) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+    }
+    chat = [{"role": "user", "content": "Name the capital of France as JSON."}]
+    structured = greedy(max_tokens=32, ignore_eos=False, structured_outputs=StructuredOutputsParams(json=schema))
+    choice = greedy(max_tokens=8, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), ignore_eos=False)
+    for rank in (0, 1):
+        prompts: list[Any] = [chat, "Is it? "]
+        outputs = group.generate(prompts, [structured, choice], data_parallel_rank=rank)
+        assert json.loads(outputs[0].outputs[0].text)["city"] in ("Paris", "Rome")
+        assert outputs[1].outputs[0].text in ("yes", "no")

@@ -1,0 +1,37 @@
+"""A Ray cluster for tests below any group; those that use none never start it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from dplaunch.testing import poll_until
+from tests.ray_for_tests import RayForTests
+
+MakeGroup = Callable[..., Any]
+
+
+@pytest.fixture
+def cluster(ray_cluster: RayForTests) -> Iterator[RayForTests]:
+    """The session's cluster, on which the test leaves nothing."""
+    before, actors = ray_cluster.occupied(), ray_cluster.actors()
+    yield ray_cluster
+    poll_until(lambda: ray_cluster.occupied() == before and ray_cluster.actors() == actors, 10, "the empty cluster")
+
+
+@pytest.fixture
+def own_group(cluster: RayForTests) -> Iterator[MakeGroup]:
+    """Makes placement groups of the user's, of the bundles that it is called with."""
+    import ray
+
+    made = []
+
+    def make(*bundles: dict[str, float]) -> Any:
+        made.append(ray.util.placement_group(list(bundles), strategy="STRICT_PACK"))
+        return made[-1]
+
+    yield make
+    for group in made:
+        ray.util.remove_placement_group(group)
