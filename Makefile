@@ -25,12 +25,12 @@ run: env ## two ranks of the built-in model on 127.0.0.1:8000 (PORT=8080, ARGS="
 	@$(BIN)/dplaunch --backend mp --dp 2 --port $(PORT) $(ARGS)
 
 test: lint types ## lint, types and all tests (ARGS="-k zygote -x")
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --reruns 1 $(ARGS)
 
 test-without-ray: env ## what needs no engine core, with Ray uninstalled (`make env` brings it back)
 	@$(BIN)/python -m pip uninstall --quiet --yes ray
 	@rm -f $(STAMP)
-	@$(BIN)/python -m pytest -m "not real" $(ARGS)
+	@$(BIN)/python -m pytest -m "not real" --reruns 1 $(ARGS)
 
 lint: env ## ruff's linter and formatter
 	@$(BIN)/ruff check .

@@ -146,7 +146,7 @@ async def test_the_async_launch_leaves_a_running_loop_to_others(smollm: str, tmp
     async def tick() -> None:
         while True:
             ticks.append(time.monotonic())
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.01)
 
     ticking = asyncio.create_task(tick())
     group = await open_group(standin_spec(smollm, tmp_path), progress=False, listeners=[])
@@ -155,7 +155,8 @@ async def test_the_async_launch_leaves_a_running_loop_to_others(smollm: str, tmp
         outputs = await group.generate([[1, 2, 3]] * 8, params)
         assert [len(output.outputs[0].token_ids) for output in outputs] == [4] * 8
     ticking.cancel()
-    assert len(ticks) > 5
+    # A launch that kept the loop to itself would leave room for one at its start and one at its end.
+    assert len(ticks) > 10
 
 
 async def test_the_sync_launch_works_inside_a_running_loop_too(smollm: str, tmp_path: Path) -> None:
