@@ -16,7 +16,8 @@ import click
 from dplaunch._version import __version__
 from dplaunch.boundary import run_at_boundary
 from dplaunch.errors import ExitCode, UsageError
-from dplaunch.settings import ENV_PREFIX, OPTIONS, Config, Option, build_spec, build_ui, read_config
+from dplaunch.options import ENV_PREFIX, OPTIONS, Option
+from dplaunch.settings import Config, build_spec, build_ui, read_config
 from dplaunch.spec import LaunchSpec
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from dplaunch.backends.mp import MpBackend
 from dplaunch import life
 from dplaunch.identity import Identity, base_of
 from dplaunch.inventory import Inventory, local_node
+from dplaunch.keeper import RankKeeper
 from dplaunch.rank import Rank
 from dplaunch.spec import LaunchSpec
 from dplaunch.testing import StandInPlan, poll_until_async
@@ -99,7 +100,7 @@ async def record(cell: Cell, directory: Path) -> Record:
 async def scale_up(watched: Watched) -> Rank:
     """A further rank of a running group, on its last node.
 
-    There is no command for that yet, but only one way in which it can come: the supervisor brings up a `Rank` of the
+    There is no command for that yet, but only one way in which it can come: a keeper brings up a rank of the
     plan, as at the start and at a restart. Its boot is made by `recipes.make_boot` from its `Identity`, and it is
     spawned by `Backend.spawn`; nothing else makes ranks, and nothing else makes names.
     """
@@ -109,10 +110,10 @@ async def scale_up(watched: Watched) -> Rank:
     identity = Identity(group.plan.base_id, number)
     log_file = group.plan.log_dir / f"rank{number}.log"
     spec = replace(group.plan.ranks[0], identity=identity, node=node, log_file=log_file)
-    rank = Rank(spec, identity)
-    group.supervisor.ranks.append(rank)
-    await group.supervisor._bring_up(rank, time.monotonic() + START_S)
-    return rank
+    keeper = RankKeeper(spec, group.supervisor._tools)
+    group.supervisor._keepers.append(keeper)
+    await keeper.bring_up(time.monotonic() + START_S)
+    return keeper.rank
 
 
 _records: dict[Cell, Record] = {}

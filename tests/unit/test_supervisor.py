@@ -145,7 +145,7 @@ def make_boot(spec: RankSpec, identity: Identity, link: RankLink) -> RankBoot:
 class Rig:
     """A supervisor, and all that it sees."""
 
-    def __init__(self, directory: Path, **options: Any) -> None:
+    def __init__(self, directory: Path, data_path: asyncio.Future[None] | None = None, **options: Any) -> None:
         self.spec = LaunchSpec(**{"dp": 2, "shutdown_timeout_s": 5.0, "restart": RestartPolicy(limit=0), **options})
         self.events: list[Event] = []
         self.client = FakeClient()
@@ -153,8 +153,9 @@ class Rig:
         self.links: list[FakeLink] = []
         self.gone: list[DplaunchError] = []
         self.on_spawn: Callable[[FakeHandle, FakeLink], None] = lambda handle, link: link.ready.set_result({"n": 1})
-        self.data_path: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.data_path.set_result(None)
+        self.data_path = data_path or asyncio.get_running_loop().create_future()
+        if data_path is None:
+            self.data_path.set_result(None)
         self.supervisor = self._supervisor(directory)
 
     def _supervisor(self, directory: Path) -> Supervisor:
@@ -247,7 +248,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("dplaunch.supervisor.asyncio", clock)
+    monkeypatch.setattr("dplaunch.keeper.asyncio", clock)
     return clock
 
 
@@ -265,9 +266,7 @@ async def test_a_start_returns_when_every_rank_has_proved_itself(make: Make) -> 
 
 
 async def test_a_rank_takes_no_requests_before_the_launcher_can_talk_to_it(make: Make) -> None:
-    rig = make()
-    rig.data_path = asyncio.get_running_loop().create_future()
-    rig.supervisor._data_path = asyncio.ensure_future(rig.data_path)
+    rig = make(data_path=asyncio.get_running_loop().create_future())
     starting = asyncio.create_task(rig.supervisor.start())
     await poll_until_async(lambda: len(rig.handles) == 2)
     await asyncio.sleep(0)
