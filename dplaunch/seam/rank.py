@@ -18,7 +18,10 @@ from dplaunch.channel import RankChannel
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
 
 REPORT = "dplaunch_report"
-"""The utility method that our engine core adds: the last step of a start, and what a probe calls."""
+"""A utility method that our engine core adds: who it is, the last step of a start."""
+
+PING = "dplaunch_ping"
+"""A utility method that our engine core adds: whether its loop goes round, which is what a probe asks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +147,9 @@ def _reporting(base: type[Any], boot: RankBoot) -> type[Any]:
         def dplaunch_report(self) -> dict[str, Any]:
             """What this rank is, as seen from inside."""
             return report(self.vllm_config, boot, type(self.model_executor).__name__)
+
+        def dplaunch_ping(self) -> None:
+            """Nothing: that it is answered says that the engine's loop goes round."""
 
     RankEngineCore.__name__ = RankEngineCore.__qualname__ = base.__name__
     return RankEngineCore
