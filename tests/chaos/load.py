@@ -68,6 +68,16 @@ class Tally:
         """Requests that the group took."""
         return self.offered - self.refused
 
+    def add(self, other: Tally) -> None:
+        """Takes over another's counts."""
+        self.offered += other.offered
+        self.refused += other.refused
+        self.ends += other.ends
+        self.errors += other.errors
+        self.wrong += other.wrong
+        self.longest_pause_s = max(self.longest_pause_s, other.longest_pause_s)
+        self.tokens += other.tokens
+
     def count(self, end: End, why: str = "") -> None:
         """Takes note of one outcome."""
         self.ends[end] += 1
@@ -161,15 +171,18 @@ class Load:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over = True
         if error is not None:
-            for task in self._tasks:
-                task.cancel()
-        results = await asyncio.gather(*self._tasks, return_exceptions=True)
-        if error is None:
-            for result in results:
-                if result is not None:
-                    raise result
+            await self.give_up()
+            return
+        self._over = True
+        await asyncio.gather(*self._tasks)
+
+    async def give_up(self) -> None:
+        """Cancels every stream where it is."""
+        self._over = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _run(self) -> None:
         while not self._over:

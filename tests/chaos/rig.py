@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from dplaunch.events import Event
+from dplaunch.events import Event, RankState
 from dplaunch.rank import Rank
 from dplaunch.spec import LaunchSpec, ProbePolicy, RequestPolicy, RestartPolicy
 from dplaunch.testing import Fault, StandInPlan, When, poll_until_async
@@ -74,6 +74,12 @@ class Rig:
         self.backend = spec.backend
         self.watched = Watched(spec)
         self.group = self.watched.group
+        self.group._listeners.append(self._note)
+        self._entered: set[tuple[int | None, RankState, int]] = set()
+
+    def _note(self, event: Event) -> None:
+        if event.state is not None:
+            self._entered.add((event.rank, event.state, event.incarnation))
 
     @property
     def events(self) -> list[Event]:
@@ -111,9 +117,8 @@ class Rig:
     async def down(self, number: int, incarnation: int | None = None) -> None:
         """Returns when an incarnation (this one) of the rank is out of routing."""
         now = self.rank(number).identity.incarnation if incarnation is None else incarnation
-        await poll_until_async(
-            lambda: ("down", now) in self.watched.states(number), WHOLE_S, f"the death of rank {number}"
-        )
+        death = (number, RankState.DOWN, now)
+        await poll_until_async(lambda: death in self._entered, WHOLE_S, f"the death of rank {number}")
 
     async def whole(self) -> None:
         """Returns when all ranks take requests."""
