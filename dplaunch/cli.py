@@ -56,6 +56,7 @@ def _exit_codes() -> str:
         ExitCode.START_TIMEOUT: "a rank was not ready in time",
         ExitCode.GROUP_DEAD: "too many ranks were lost",
         ExitCode.BACKEND: "the backend is unknown or not installed",
+        ExitCode.NO_GROUP: "no such group is running, or it does not answer",
         ExitCode.INTERRUPTED: "Ctrl-C",
         ExitCode.TERMINATED: "SIGTERM",
     }

@@ -20,6 +20,7 @@ class ExitCode(enum.IntEnum):
     START_TIMEOUT = 9  # a rank did not become ready in time
     GROUP_DEAD = 10  # the group lost more ranks than it can do without
     BACKEND = 11  # the backend is unknown or not installed
+    NO_GROUP = 12  # no running group is meant, or it does not answer
     INTERRUPTED = 130  # Ctrl-C
     TERMINATED = 143  # SIGTERM
 
@@ -103,6 +104,12 @@ class BackendError(DplaunchError):
     """Raised when the backend is unknown, not installed, or cannot do what was asked of it."""
 
     exit_code = ExitCode.BACKEND
+
+
+class NoGroupError(DplaunchError):
+    """Raised when no running group is meant, or several may be, or the one that is meant does not answer."""
+
+    exit_code = ExitCode.NO_GROUP
 
 
 class GroupClosedError(DplaunchError):

@@ -6,6 +6,7 @@ import enum
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 
@@ -73,3 +74,19 @@ class Event:
 
 Listener = Callable[[Event], None]
 """Called in the group's event loop for every event; must not block and must not raise."""
+
+
+def as_record(event: Event) -> dict[str, Any]:
+    """The event as plain values: what `--json-logs`, the event log and the control socket show of it."""
+    return {
+        "at": round(event.at, 3),
+        "time": datetime.fromtimestamp(event.at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "kind": event.kind,
+        "level": event.level,
+        "rank": event.rank,
+        "incarnation": event.incarnation,
+        "state": event.state,
+        "phase": event.phase,
+        "message": event.message,
+        "data": dict(event.data),
+    }
