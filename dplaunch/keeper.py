@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
-from dplaunch.backend import Backend, Exit, RankBoot
-from dplaunch.client import GroupClient
+from dplaunch.backend import Exit, RankBoot
+from dplaunch.backoff import backoff_s, counted
 from dplaunch.diagnose import describe_failure
 from dplaunch.errors import DplaunchError, StartTimeoutError
-from dplaunch.events import Event, Kind, Level, Listener, RankState
-from dplaunch.identity import Identity
+from dplaunch.events import Event, Kind, Level, RankState
 from dplaunch.link import RankLink
 from dplaunch.logs import tail
 from dplaunch.plan import RankSpec
 from dplaunch.rank import Rank
 from dplaunch.seam.rank import REPORT
-from dplaunch.spec import LaunchSpec
-
-LAST_WORDS_S = 0.5
-"""How long to wait, after a rank's exit, for what it said it died of: the message and the exit race."""
-
-BootMaker = Callable[[RankSpec, Identity, RankLink], RankBoot]
-LinkMaker = Callable[[Identity, Callable[[str], None]], RankLink]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tools:
-    """What every rank of a group is kept with.
-
-    Args:
-        spec: what was asked for.
-        backend: makes the processes.
-        client: told which ranks are up.
-        make_boot: fills in what a process needs.
-        make_link: opens an incarnation's sockets.
-        data_path: done when the launcher can talk to engines (vLLM is imported).
-        emit: told everything that happens.
-        listening: the rank that ended first is heard first: the others may have died of its death.
-        any_failed: whether a rank of the group has failed for good.
-    """
-
-    spec: LaunchSpec
-    backend: Backend
-    client: GroupClient
-    make_boot: BootMaker
-    make_link: LinkMaker
-    data_path: asyncio.Future[None]
-    emit: Listener
-    listening: asyncio.Lock
-    any_failed: Callable[[], bool]
+from dplaunch.tools import Tools
+from dplaunch.watch import RankWatch
 
 
 class RankKeeper:
@@ -61,12 +26,14 @@ class RankKeeper:
     def __init__(self, spec: RankSpec, tools: Tools) -> None:
         self.rank = Rank(spec, spec.identity)
         self._tools = tools
+        self._watch = RankWatch(self.rank, tools)
 
-    async def bring_up(self, deadline: float) -> None:
+    async def bring_up(self, deadline: float, *, join: bool = True) -> None:
         """Spawns the rank's next incarnation, then waits for ready and exit together; the deadline is for all of it.
 
         Args:
             deadline: monotonic time, seconds.
+            join: whether it takes requests as soon as it is ready; else from `join` on.
 
         Raises:
             RankFailedError: when the rank ends before it is ready.
@@ -77,11 +44,21 @@ class RankKeeper:
         self.enter(RankState.STARTING, f"rank {number} is starting")
         link = rank.link = tools.make_link(rank.identity, self._on_phase)
         boot = tools.make_boot(rank.spec, rank.identity, link)
+        self._watch.begin()
         try:
             async with asyncio.timeout_at(deadline):
-                handle = rank.handle = await tools.backend.spawn(boot)
+                rank.handle = await tools.backend.spawn(boot)
         except TimeoutError:
             raise self._failed(self._timeout(time.monotonic() - started)) from None
+        await self._until_proven(boot, link, started, deadline)
+        self._say_ready(time.monotonic() - started)
+        if join:
+            self.join()
+
+    async def _until_proven(self, boot: RankBoot, link: RankLink, started: float, deadline: float) -> None:
+        handle = self.rank.handle
+        if handle is None:
+            raise RuntimeError("there is no process to wait for")
         exited = asyncio.ensure_future(handle.wait())
         proven = asyncio.ensure_future(self._prove(boot, link))
         try:
@@ -91,29 +68,21 @@ class RankKeeper:
             if proven.done():
                 proven.result()
             elif exited.done():
-                async with tools.listening:
+                async with self._tools.listening:
                     raise self._failed(await self.failure(link, exited.result()))
             else:
                 raise self._failed(self._timeout(time.monotonic() - started))
         finally:
             exited.cancel()
             proven.cancel()
-        seconds = time.monotonic() - started
-        first = rank.identity.incarnation == 0
-        # Whoever was warned that it died is told that it is back.
-        self.enter(
-            RankState.READY,
-            f"rank {number} is {'ready' if first else 'back'} after {seconds:.1f} s, {handle.describe()}",
-            Level.INFO if first else Level.WARNING,
-        )
-        tools.client.up(link)
 
     async def _prove(self, boot: RankBoot, link: RankLink) -> None:
         """Waits for ready, then asks the engine itself who it is."""
         rank, tools = self.rank, self._tools
         rank.ready_response = await link.ready
         await asyncio.shield(tools.data_path)
-        report = rank.report = await tools.client.call_link(link, REPORT)
+        report: dict[str, Any] = await tools.client.call_link(link, REPORT)
+        rank.report = report
         for name, wanted in (
             ("instance_id", boot.instance_id),
             ("engine_id", boot.engine_id),
@@ -125,50 +94,108 @@ class RankKeeper:
                     hint="This is a fault of dplaunch or of an unsupported vLLM: please report it.",
                 )
 
+    def _say_ready(self, started_s: float) -> None:
+        rank = self.rank
+        process = "" if rank.handle is None else f", {rank.handle.describe()}"
+        number, away = rank.identity.rank, rank.down_since
+        if away is None:
+            self.enter(RankState.READY, f"rank {number} is ready after {started_s:.1f} s{process}")
+            return
+        away_s = time.monotonic() - away
+        rank.down_since = None
+        rank.recovery_s.append(away_s)
+        # Whoever was warned that it died is told that it is back.
+        self.enter(RankState.READY, f"rank {number} is back after {away_s:.1f} s{process}", Level.WARNING)
+
+    def join(self) -> None:
+        """Puts the rank, which is ready, into routing."""
+        if self.rank.link is not None:
+            self.rank.answers = True
+            self._tools.client.up(self.rank.link)
+
     async def live(self) -> str:
         """Watches the rank, and brings it back when it dies; returns, with the cause, when it does not come back."""
-        rank = self.rank
-        number, words = rank.identity.rank, ""
-        while rank.handle is not None and rank.link is not None:
-            died = rank.last_exit = await rank.handle.wait()
-            words = f"rank {number} died while serving: {died}"
-            self._tools.client.down(rank.link, words)
-            self.let_go()
-            self.enter(RankState.DOWN, f"{words}; log: {rank.spec.log_file}", Level.WARNING)
+        cause = ""
+        while self.rank.handle is not None and self.rank.link is not None:
+            cause = await self.until_down()
             if not await self._restart():
                 break
+        return cause
+
+    async def until_down(self) -> str:
+        """Returns when the rank, which is ready, has ended unasked or was ended because it hung; says of what.
+
+        It is out of routing at the first sign of that.
+        """
+        words, advice = await self._watch.until_ended()
+        rank = self.rank
+        self.let_go()
+        data = {"exit": str(rank.last_exit), "advice": advice, "log": str(rank.spec.log_file)}
+        self.enter(RankState.DOWN, f"{words}; log: {rank.spec.log_file}", Level.WARNING, data)
         return words
+
+    def engine_failed(self) -> None:
+        """The rank's engine says that it is about to end."""
+        self._watch.engine_failed()
+
+    async def end(self, reason: str) -> None:
+        """Ends the rank at once, for no fault of its requests: they move without blame. It is DOWN then."""
+        rank = self.rank
+        if rank.link is not None and rank.answers:
+            self._watch.leave(rank.link, reason, blame=False)
+        rank.answers = False
+        if rank.handle is not None:
+            rank.handle.kill()
+            rank.last_exit = await self._watch.killed(rank.handle)
+        self.let_go()
+        if rank.state in (RankState.STARTING, RankState.READY):
+            self.enter(RankState.DOWN, f"rank {rank.identity.rank} is ended: {reason}")
 
     async def _restart(self) -> bool:
         """Brings the rank back, as often as the policy allows; False when it does not come back."""
-        rank, policy = self.rank, self._tools.spec.restart
+        rank, policy, restarting = self.rank, self._tools.spec.restart, self._tools.restarting
+        number = rank.identity.rank
         while True:
             now = time.monotonic()
-            rank.restarts = [at for at in rank.restarts if now - at < policy.window_s]
+            rank.restarts = counted(rank.restarts, policy, now)
             if len(rank.restarts) >= policy.limit:
                 return False
-            if rank.restarts:
-                await asyncio.sleep(policy.backoff_s * 2 ** (len(rank.restarts) - 1))
-            rank.restarts.append(now)
-            rank.identity = rank.identity.restarted()
+            wait_s = backoff_s(len(rank.restarts), policy, alone=not restarting)
+            restarting.add(number)
             try:
+                if wait_s:
+                    await asyncio.sleep(wait_s)
+                rank.restarts.append(now)
+                self.renew()
                 await self.bring_up(time.monotonic() + self._tools.spec.start_timeout_s)
             except Exception as error:  # whatever it was: the others serve on, and the policy says how often to try
-                if rank.handle is not None:
-                    rank.handle.kill()
-                    rank.last_exit = await rank.handle.wait()
-                self.let_go()
-                if rank.state is not RankState.DOWN:
-                    said = error.message if isinstance(error, DplaunchError) else f"{type(error).__name__}: {error}"
-                    words = f"rank {rank.identity.rank} could not be started again: {said}"
-                    self.enter(RankState.DOWN, words, Level.WARNING)
+                await self._tidy_up(error)
             else:
                 return True
+            finally:
+                restarting.discard(number)
+
+    def renew(self) -> None:
+        """Gives the rank the names of its next incarnation, before it is brought up again."""
+        self.rank.identity = self.rank.identity.restarted()
+        self.rank.restart_count += 1
+
+    async def _tidy_up(self, error: Exception) -> None:
+        rank = self.rank
+        if rank.handle is not None:
+            rank.handle.kill()
+            rank.last_exit = await self._watch.killed(rank.handle)
+        self.let_go()
+        if rank.state is not RankState.DOWN:
+            said = error.message if isinstance(error, DplaunchError) else f"{type(error).__name__}: {error}"
+            words = f"rank {rank.identity.rank} could not be started again: {said}"
+            self.enter(RankState.DOWN, words, Level.WARNING)
 
     def ask_to_stop(self, reason: str) -> None:
         """Asks the rank to end: by SIGTERM when it serves, by SIGKILL otherwise."""
         rank = self.rank
-        serves = rank.state is RankState.READY
+        serves = rank.state is RankState.READY and rank.answers
+        rank.answers = False
         if rank.state not in (None, RankState.STOPPED):
             self.enter(RankState.STOPPING, f"rank {rank.identity.rank} is asked to stop: {reason}")
         if rank.handle is None:
@@ -186,28 +213,27 @@ class RankKeeper:
             self.enter(RankState.STOPPED, f"rank {self.rank.identity.rank} stopped")
 
     async def failure(self, link: RankLink, died: Exit) -> DplaunchError:
-        """What to say of a rank that ended: its exit, what it said it died of, its last log lines."""
-        rank = self.rank
-        rank.last_exit = died
-        if died.signal is None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(link.failed.wait(), LAST_WORDS_S)
-        said = None if link.failure is None else (link.failure.type, link.failure.message)
-        return describe_failure(rank.identity.rank, died, rank.spec.log_file, said)
+        """What to say of a rank that ended before it served: its exit, what it said it died of, its last log lines."""
+        self.rank.last_exit = died
+        said = await self._watch.last_words(link, died)
+        return describe_failure(self.rank.identity.rank, died, self.rank.spec.log_file, said)
 
-    def enter(self, state: RankState, message: str, level: Level = Level.INFO) -> None:
+    def enter(
+        self, state: RankState, message: str, level: Level = Level.INFO, data: dict[str, Any] | None = None
+    ) -> None:
         """Changes the rank's state and says so."""
-        rank = self.rank
-        rank.enter(state)
-        identity = rank.identity
+        identity = self.rank.identity
+        self.rank.enter(state)
+        number, incarnation = identity.rank, identity.incarnation
         self._tools.emit(
             Event(
                 message=message,
                 kind=Kind.STATE,
-                rank=identity.rank,
-                incarnation=identity.incarnation,
+                rank=number,
+                incarnation=incarnation,
                 state=state,
                 level=level,
+                data=data or {},
             )
         )
 

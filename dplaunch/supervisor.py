@@ -1,6 +1,7 @@
 """Policy for a group, written once for every backend: its start, what becomes of it when ranks end, its end.
 
-What happens to a single rank is its keeper's matter (`dplaunch.keeper`).
+What happens to a single rank is its keeper's matter (`dplaunch.keeper`); ranks that step together are one part, and
+`dplaunch.lockstep` keeps it.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from dplaunch.backend import Backend, RankHandle
+from dplaunch.backoff import exhausted
 from dplaunch.client import GroupClient
 from dplaunch.errors import DplaunchError, GroupDeadError
-from dplaunch.events import Event, Level, Listener, RankState
-from dplaunch.keeper import BootMaker, LinkMaker, RankKeeper, Tools
-from dplaunch.plan import LaunchPlan
+from dplaunch.events import Event, Kind, Level, Listener, RankState
+from dplaunch.keeper import RankKeeper
+from dplaunch.lockstep import LockstepGroup
+from dplaunch.plan import LaunchPlan, RankSpec
+from dplaunch.probe import Prober
 from dplaunch.rank import Rank
-
-KILL_WAIT_S = 5.0
-"""How long a killed rank may take to be gone, seconds: the kernel gives back its memory first."""
+from dplaunch.spec import Mode
+from dplaunch.together import bring_up_all
+from dplaunch.tools import BootMaker, LinkMaker, Tools
+from dplaunch.watch import KILL_WAIT_S
 
 
 class Supervisor:
@@ -48,7 +52,10 @@ class Supervisor:
         emit: Listener,
         on_dead: Callable[[DplaunchError], None] = lambda error: None,
     ) -> None:
+        self.keepers: list[RankKeeper]
+        """The keepers of the ranks, in rank order."""
         self._spec = plan.spec
+        self._mode = plan.mode
         self._client = client
         self._emit = emit
         self._on_dead = on_dead
@@ -57,6 +64,7 @@ class Supervisor:
             spec=plan.spec,
             backend=backend,
             client=client,
+            prober=Prober(plan.spec.probe, client),
             make_boot=make_boot,
             make_link=make_link,
             data_path=self._data_path,
@@ -64,14 +72,25 @@ class Supervisor:
             listening=asyncio.Lock(),
             any_failed=lambda: any(rank.state is RankState.FAILED for rank in self.ranks),
         )
-        self._keepers = [RankKeeper(spec, self._tools) for spec in plan.ranks]
-        self._lives: list[asyncio.Task[None]] = []
+        self.keepers = [self.make_keeper(spec) for spec in plan.ranks]
+        self._lives: dict[RankKeeper | None, asyncio.Task[None]] = {}  # None: that of all ranks together
+        self._causes: dict[int, str] = {}
         self._stopping = False
 
     @property
     def ranks(self) -> list[Rank]:
         """What is running, in rank order."""
-        return [keeper.rank for keeper in self._keepers]
+        return [keeper.rank for keeper in self.keepers]
+
+    @property
+    def ready_count(self) -> int:
+        """Ranks that are ready and answer."""
+        return sum(rank.state is RankState.READY and rank.answers for rank in self.ranks)
+
+    @property
+    def needed(self) -> int:
+        """Ranks without which the group is not healthy; in lockstep each is."""
+        return len(self.keepers) if self._mode is Mode.LOCKSTEP else self._spec.min_ranks
 
     async def start(self) -> None:
         """Starts all ranks side by side; returns when every one is ready.
@@ -82,20 +101,12 @@ class Supervisor:
             RankFailedError: when a rank ends before it is ready.
             StartTimeoutError: when one is not ready in time.
         """
-        deadline = time.monotonic() + self._spec.start_timeout_s
-        starts = [asyncio.create_task(keeper.bring_up(deadline)) for keeper in self._keepers]
-        all_up = asyncio.gather(*starts)
-        guards = [asyncio.create_task(_guard(keeper, up)) for keeper, up in zip(self._keepers, starts, strict=True)]
-        try:
-            watched: list[asyncio.Future[Any]] = [all_up, *guards]
-            done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-            for ended in done:
-                ended.result()
-            self._lives = [asyncio.create_task(self._live(keeper)) for keeper in self._keepers]
-        finally:
-            for task in (*starts, *guards):
-                task.cancel()
-            await asyncio.gather(all_up, *guards, return_exceptions=True)
+        await bring_up_all(self.keepers, time.monotonic() + self._spec.start_timeout_s)
+        if self._mode is Mode.LOCKSTEP:
+            self._lives[None] = asyncio.create_task(self._live_together())
+            return
+        for keeper in self.keepers:
+            self.tend(keeper)
 
     async def stop(self, reason: str) -> None:
         """Ends every rank: all are asked at once, one deadline is shared, what is left is killed. Idempotent.
@@ -105,55 +116,86 @@ class Supervisor:
         if self._stopping:
             return
         self._stopping = True
-        for task in self._lives:
+        for task in self._lives.values():
             task.cancel()
-        await asyncio.gather(*self._lives, return_exceptions=True)
+        await asyncio.gather(*self._lives.values(), return_exceptions=True)
         self._data_path.cancel()
         handles = [rank.handle for rank in self.ranks if rank.handle is not None]
         try:
-            for keeper in self._keepers:
+            for keeper in self.keepers:
                 keeper.ask_to_stop(reason)
-            await _await_exits(handles, self._spec.shutdown_timeout_s)
+            await await_exits(handles, self._spec.shutdown_timeout_s)
         finally:
             for handle in handles:
                 handle.kill()
-            await _await_exits(handles, KILL_WAIT_S)
-            for keeper in self._keepers:
+            await await_exits(handles, KILL_WAIT_S)
+            for keeper in self.keepers:
                 keeper.stopped()
 
+    # One rank at a time, for whoever changes a group that runs.
+
+    def make_keeper(self, spec: RankSpec) -> RankKeeper:
+        """A keeper for a rank; it is one of the group's once it is in `keepers`, and lives from `tend` on."""
+        return RankKeeper(spec, self._tools)
+
+    def tend(self, keeper: RankKeeper) -> None:
+        """From now on the rank, which is ready, is watched, and brought back when it dies."""
+        self._lives[keeper] = asyncio.create_task(self._live(keeper))
+
+    async def let_be(self, keeper: RankKeeper) -> None:
+        """The rank is not watched any more: what happens to it now is the caller's doing. Undone by `tend`."""
+        task = self._lives.pop(keeper, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def engine_failed(self, rank: int) -> None:
+        """A rank's engine says that its loop has raised."""
+        for keeper in self.keepers:
+            if keeper.rank.identity.rank == rank:
+                keeper.engine_failed()
+
+    # What becomes of the group.
+
     async def _live(self, keeper: RankKeeper) -> None:
-        self._give_up(keeper, await keeper.live())
+        cause = await keeper.live()
+        rank, why = keeper.rank, exhausted(self._spec.restart)
+        number = rank.identity.rank
+        self._causes[number] = cause
+        keeper.enter(RankState.FAILED, f"rank {number} does not come back: {why}", Level.ERROR)
+        self._client.gone(number)
+        left = sum(other.state is not RankState.FAILED for other in self.ranks)
+        count = f"{left} of {len(self.ranks)} ranks are left, {self._spec.min_ranks} are needed"
+        if left < self._spec.min_ranks:
+            self._die(f"{count}: {cause}", keeper)
+            return
+        message = f"the group goes on without rank {number}: {count}"
+        data = {"left": left, "needed": self._spec.min_ranks}
+        self._emit(Event(message=message, kind=Kind.GROUP, level=Level.ERROR, data=data))
 
-    def _give_up(self, keeper: RankKeeper, cause: str) -> None:
-        rank, limit = keeper.rank, self._spec.restart.limit
-        why = "restarts are off" if limit == 0 else f"{limit} restarts in {self._spec.restart.window_s:.0f} s"
-        keeper.enter(RankState.FAILED, f"rank {rank.identity.rank} does not come back: {why}", Level.ERROR)
-        self._client.gone(rank.identity.rank)
-        left = [other for other in self.ranks if other.state is not RankState.FAILED]
-        if len(left) < self._spec.min_ranks:
-            error = GroupDeadError(
-                f"{len(left)} of {len(self.ranks)} ranks are left, {self._spec.min_ranks} are needed: {cause}",
-                hint=f"{why.capitalize()}; the log says why: {rank.spec.log_file}",
-                detail=keeper.last_lines(),
-            )
-            self._emit(Event(message=error.message, level=Level.ERROR))
-            self._client.die(error)
-            self._on_dead(error)
+    async def _live_together(self) -> None:
+        first, cause = await LockstepGroup(self.keepers, self._tools).live()
+        for keeper in self.keepers:
+            number = keeper.rank.identity.rank
+            message = f"rank {number} does not come back: {exhausted(self._spec.restart)}"
+            keeper.enter(RankState.FAILED, message, Level.ERROR if keeper is first else Level.INFO)
+        self._die(f"the ranks step together, and the group does not come back: {cause}", first)
+
+    def _die(self, message: str, keeper: RankKeeper) -> None:
+        log = keeper.rank.spec.log_file
+        others = [f"  {cause}" for rank, cause in self._causes.items() if rank != keeper.rank.identity.rank]
+        error = GroupDeadError(
+            message,
+            hint=f"{exhausted(self._spec.restart).capitalize()}; the log says why: {log}",
+            detail="\n".join((*(["before that:", *others] if others else []), keeper.last_lines())),
+        )
+        self._emit(Event(message=error.message, kind=Kind.GROUP, level=Level.ERROR))
+        self._client.die(error)
+        self._on_dead(error)
 
 
-async def _guard(keeper: RankKeeper, up: asyncio.Task[None]) -> None:
-    """Ends with an error when a rank dies after it was ready, while others are still starting."""
-    await asyncio.wait((up,))
-    rank = keeper.rank
-    if up.cancelled() or up.exception() is not None or rank.handle is None or rank.link is None:
-        await asyncio.Event().wait()  # Told by its start; a guard has nothing to add.
-        return
-    error = await keeper.failure(rank.link, await rank.handle.wait())
-    keeper.enter(RankState.DOWN, error.message, Level.ERROR)
-    raise error
-
-
-async def _await_exits(handles: list[RankHandle], seconds: float) -> None:
+async def await_exits(handles: list[RankHandle], seconds: float) -> None:
+    """Waits until the processes have ended, or until so many seconds have passed."""
     waits = [asyncio.ensure_future(handle.wait()) for handle in handles if handle.poll() is None]
     if waits:
         _, late = await asyncio.wait(waits, timeout=seconds)

@@ -20,7 +20,6 @@ from dplaunch.backends.mp import MpBackend
 from dplaunch import life
 from dplaunch.identity import Identity, base_of
 from dplaunch.inventory import Inventory, local_node
-from dplaunch.keeper import RankKeeper
 from dplaunch.rank import Rank
 from dplaunch.spec import LaunchSpec
 from dplaunch.testing import StandInPlan, poll_until_async
@@ -61,7 +60,7 @@ class TwoHosts(MpBackend):  # type: ignore[misc]
     What it shows: whatever node a rank is planned for, its names come from its global number.
     """
 
-    async def inventory(self, spec: LaunchSpec) -> Inventory:
+    async def inventory(self, spec: LaunchSpec, more: int = 0) -> Inventory:
         node = local_node()
         return Inventory(nodes=(replace(node, name="first"), replace(node, name="second")))
 
@@ -110,8 +109,8 @@ async def scale_up(watched: Watched) -> Rank:
     identity = Identity(group.plan.base_id, number)
     log_file = group.plan.log_dir / f"rank{number}.log"
     spec = replace(group.plan.ranks[0], identity=identity, node=node, log_file=log_file)
-    keeper = RankKeeper(spec, group.supervisor._tools)
-    group.supervisor._keepers.append(keeper)
+    keeper = group.supervisor.make_keeper(spec)
+    group.supervisor.keepers.append(keeper)
     await keeper.bring_up(time.monotonic() + START_S)
     return keeper.rank
 
