@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from dplaunch import commands
 from dplaunch._version import __version__
 from dplaunch.boundary import run_at_boundary
 from dplaunch.errors import ExitCode, UsageError
@@ -39,6 +40,7 @@ Examples:
   dplaunch --dp 2
   dplaunch --dp 8 --model Qwen/Qwen3-8B --max-model-len 8192 --api-key KEY
   dplaunch plan --dp 4 -tp 2 --model ./my-model
+  dplaunch status --watch
 """
 
 
@@ -177,6 +179,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     from dplaunch.doctor import run
 
     ctx.exit(int(run(json=as_json)))
+
+
+commands.register(cli)
 
 
 async def _plan_only(spec: LaunchSpec) -> LaunchPlan:

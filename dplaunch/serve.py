@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from dplaunch.argv import scan
-from dplaunch.drain import drain_seconds
 from dplaunch.errors import AddressError, DplaunchError, ExitCode, GroupClosedError
 from dplaunch.events import Event, Listener
 from dplaunch.group import AsyncGroup
-from dplaunch.logs import Tee
 from dplaunch.progress import ReportKind, make_reporter
 from dplaunch.seam import server
 from dplaunch.spec import LaunchSpec
 from dplaunch.sync import new_loop
+from dplaunch.tee import Tee
 from dplaunch.threads import in_thread
 from dplaunch.ui import UiOptions
 
@@ -69,6 +68,7 @@ async def _serve(spec: LaunchSpec, ui: UiOptions, listener: socket.socket) -> Ex
     kind = ReportKind.JSON if ui.json_logs else ReportKind.QUIET if ui.quiet else ReportKind.AUTO
     reporter = make_reporter(kind, ranks=spec.dp)
     group = AsyncGroup(spec, server=True, listeners=[reporter], quiet_vllm=True)
+    group.sight.on_stop = stop.ask
     with stop.listening(), contextlib.ExitStack() as stack:
         try:
             with reporter:
@@ -78,7 +78,7 @@ async def _serve(spec: LaunchSpec, ui: UiOptions, listener: socket.socket) -> Ex
                     await _end(group, opening, stop)
                     return stop.exit_code
                 app = opening.result()
-            address = _address(listener)
+            address = group.sight.address = _address(listener)
             _announce(address, group, reporter, ui, time.monotonic() - started)
             return await _run(app, listener, group, stop)
         finally:
@@ -136,12 +136,13 @@ async def _run(app: Any, listener: socket.socket, group: AsyncGroup, stop: _Stop
         ssl_keyfile=getattr(args, "ssl_keyfile", None),
         ssl_certfile=getattr(args, "ssl_certfile", None),
         ssl_ca_certs=getattr(args, "ssl_ca_certs", None),
-        timeout_graceful_shutdown=int(drain_seconds(group.spec) + group.spec.shutdown_timeout_s),
     )
     http = _server_class()(config)
     serving = asyncio.ensure_future(http.serve(sockets=[listener]))
     dead = asyncio.ensure_future(asyncio.shield(group.dead))
     await stop.first_of(serving, dead)
+    # As it is now: whoever stops the group may say how long its requests get.
+    config.timeout_graceful_shutdown = int(group.drain_s + group.spec.shutdown_timeout_s)
     http.should_exit = True
     try:
         if stop.requested:
@@ -168,10 +169,9 @@ def _server_class() -> Any:
 
 
 class _StopRequest:
-    """SIGINT and SIGTERM: the first asks for an orderly end, the second for an immediate one."""
+    """SIGINT and SIGTERM: the first asks for an orderly end, the second for an immediate one. `dplaunch stop` too."""
 
     def __init__(self) -> None:
-        self._count = 0
         self._name = ""
         self._first, self._second = asyncio.Event(), asyncio.Event()
 
@@ -188,14 +188,18 @@ class _StopRequest:
             for number in handled:
                 loop.remove_signal_handler(number)
 
+    def ask(self) -> None:
+        """Asks for an orderly end in another way than by a signal."""
+        self._name = self._name or "dplaunch stop"
+        self._first.set()
+
     def _on_signal(self, number: signal.Signals) -> None:
-        self._count += 1
         self._name = number.name
-        (self._first if self._count == 1 else self._second).set()
+        (self._second if self._first.is_set() else self._first).set()
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether the end was asked for."""
         return self._first.is_set()
 
     @property
@@ -205,8 +209,8 @@ class _StopRequest:
 
     @property
     def exit_code(self) -> ExitCode:
-        """For a start that was interrupted."""
-        return ExitCode.TERMINATED if self._name == "SIGTERM" else ExitCode.INTERRUPTED
+        """For a start that was given up."""
+        return ExitCode.INTERRUPTED if self._name == "SIGINT" else ExitCode.TERMINATED
 
     async def first_of(self, *futures: asyncio.Future[Any]) -> bool:
         """Waits for any of the futures (True) or for the first signal (False)."""
