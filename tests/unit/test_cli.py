@@ -69,7 +69,7 @@ class StubBackend:
     async def close(self) -> None:
         self.closed += 1
 
-    async def inventory(self, spec: LaunchSpec) -> Inventory:
+    async def inventory(self, spec: LaunchSpec, more: int = 0) -> Inventory:
         node = Node(name="host", cores=(0, 1), memory_total=32 * 2**30, memory_free=30 * 2**30)
         return Inventory(nodes=(node,))
 
