@@ -78,7 +78,7 @@ class EventLog:
 
     def _write(self, event: Event) -> None:
         if self._dropped:
-            missing = f"{self._dropped} events could not be written"
+            missing = f"{self._dropped} {'event' if self._dropped == 1 else 'events'} could not be written"
             self._append(self._line(Event(message=missing, level=Level.WARNING, data={"dropped": self._dropped})))
             self._dropped = 0
         self._append(self._line(event))
