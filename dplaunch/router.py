@@ -24,6 +24,10 @@ class Router:
         """The open ranks, in order."""
         return sorted(self._open)
 
+    def is_open(self, rank: int) -> bool:
+        """Whether the rank may be chosen."""
+        return rank in self._open
+
     def load(self, rank: int) -> int:
         """Requests in flight on a rank, open or not."""
         return self._load[rank]
