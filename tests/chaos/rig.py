@@ -100,8 +100,9 @@ class Rig:
             os.kill(pid, by)
 
     def kill_worker(self, number: int) -> None:
-        """Kills a rank's worker process."""
-        os.kill(int(self.rank(number).report["grandchild"]), signal.SIGKILL)
+        """Kills a process that the rank has below it."""
+        for worker in psutil.Process(self.pid(number)).children()[:1]:
+            worker.kill()
 
     def kill_zygote(self, number: int) -> None:
         """Kills the process that the rank was forked from."""
@@ -119,6 +120,14 @@ class Rig:
         now = self.rank(number).identity.incarnation if incarnation is None else incarnation
         death = (number, RankState.DOWN, now)
         await poll_until_async(lambda: death in self._entered, WHOLE_S, f"the death of rank {number}")
+
+    async def failed(self, number: int) -> None:
+        """Returns when the rank has been given up."""
+        await poll_until_async(
+            lambda: any(rank == number and state is RankState.FAILED for rank, state, _ in self._entered),
+            WHOLE_S,
+            f"the last death of rank {number}",
+        )
 
     async def whole(self) -> None:
         """Returns when all ranks take requests."""
