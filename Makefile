@@ -10,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-without-ray lint types bench-launch bench-serve bench-memory bench-dispatch clean
+.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
@@ -31,6 +31,12 @@ test-without-ray: env ## what needs no engine core, with Ray uninstalled (`make 
 	@$(BIN)/python -m pip uninstall --quiet --yes ray
 	@rm -f $(STAMP)
 	@$(BIN)/python -m pytest -m "not real" --reruns 1 $(ARGS)
+
+soak: env ## ten minutes of harm under load on mp and on ray, then real engines (ARGS="--seed 7 --minutes 2")
+	@$(BIN)/python -m tests.chaos.soak --backend mp $(ARGS)
+	@$(BIN)/python -m tests.chaos.soak --backend ray $(ARGS)
+	@$(BIN)/python -m tests.chaos.soak --real --minutes 3 $(ARGS)
+	@$(BIN)/python -m tests.chaos.crowd
 
 lint: env ## ruff's linter and formatter
 	@$(BIN)/ruff check .
