@@ -18,9 +18,9 @@ import msgspec
 import pytest
 
 from dplaunch import seam
-from dplaunch.errors import VllmError
+from dplaunch.errors import RequestError, VllmError
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
-from dplaunch.seam import frontend, rank, wire
+from dplaunch.seam import failures, frontend, rank, wire
 from dplaunch.seam.config import check_version
 from dplaunch.seam.preload import exec_environment
 from tests.contract.groups import tiny_model
@@ -68,6 +68,12 @@ SIGNATURES: Mapping[str, str] = {
     ),
     "vllm.v1.engine.async_llm:AsyncLLM.shutdown": "self, timeout=",
     "vllm.v1.engine.output_processor:OutputProcessor.propagate_error": "self, e",
+    "vllm.v1.engine.output_processor:OutputProcessor.abort_requests": "self, request_ids, internal",
+    "vllm.v1.engine.output_processor:RequestOutputCollector.put": "self, output",
+    "vllm.exceptions:GracefulHTTPError": "message, http_status",
+    "vllm.entrypoints.serve.exception_handling.error_response:create_error_response": (
+        "message, err_type=, status_code=, param="
+    ),
     "vllm.v1.engine.exceptions:EngineDeadError": "*args, suppress_context=, **kwargs",
     # config.py
     "vllm.engine.arg_utils:AsyncEngineArgs.from_cli_args": "args",
@@ -107,11 +113,17 @@ SIGNATURES: Mapping[str, str] = {
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine:EngineCoreRequest": (
         *("request_id", "data_parallel_rank", "client_index", "resumable", "abort_immediately", "pooling_params"),
+        *("prompt_token_ids", "sampling_params", "mm_features", "prompt_embeds", "external_req_id"),
     ),
     "vllm.v1.engine:EngineCoreOutputs": (
         *("engine_index", "outputs", "scheduler_stats", "utility_output", "finished_requests"),
     ),
-    "vllm.v1.engine:EngineCoreOutput": ("request_id", "new_token_ids", "finish_reason"),
+    "vllm.v1.engine:EngineCoreOutput": (
+        *("request_id", "new_token_ids", "finish_reason", "new_logprobs", "new_prompt_logprobs_tensors", "events"),
+        *("prompt_token_id_logprobs", "prefill_stats", "new_sampling_mask"),
+    ),
+    "vllm.v1.engine.output_processor:RequestState": ("parent_req", "queue"),
+    "vllm.v1.engine.parallel_sampling:ParentRequest": ("child_requests",),
     "vllm.v1.engine:UtilityOutput": ("call_id", "failure_message", "result"),
     "vllm.v1.serial_utils:UtilityResult": ("result",),
     "vllm.config:VllmConfig": (
@@ -365,18 +377,23 @@ def test_a_utility_call_and_its_answer_arrive_whole() -> None:
     assert (got.call_id, got.failure_message, got.result.result) == (4, None, {"free": 3})
 
 
-def test_a_lost_request_ends_as_an_engine_itself_would_end_it() -> None:
-    from vllm import PoolingParams, SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
+def test_an_error_of_ours_is_one_that_vllm_hands_on_and_knows_the_status_of() -> None:
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.exceptions import GracefulHTTPError
 
-    requests = [
-        EngineCoreRequest("a", [1], None, SamplingParams(), None, 0.0, None, None, None),
-        EngineCoreRequest("b", [1], None, None, PoolingParams(task="embed"), 0.0, None, None, None),
-    ]
-    first, second = wire.failed_outputs(requests).outputs
-    assert (first.request_id, str(first.finish_reason), first.new_token_ids) == ("a", "error", [])
-    assert first.pooling_output is None
-    assert (second.request_id, str(second.finish_reason), second.pooling_output.numel()) == ("b", "error", 0)
+    for retryable, status in ((True, 503), (False, 500)):
+        failure = failures.as_failure(RequestError("rank 1 died of it", retryable=retryable))
+        assert isinstance(failure, GracefulHTTPError)
+        assert (failure.message, failure.retryable) == ("rank 1 died of it", retryable)
+        answer = create_error_response(failure).error
+        assert (answer.message, answer.code) == ("rank 1 died of it", status)
+
+
+def test_vllm_hands_such_an_error_on_as_it_is() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    for method in (AsyncLLM.generate, AsyncLLM.encode):
+        assert "except (VLLMClientError, GracefulHTTPError)" in inspect.getsource(method)
 
 
 # vLLM's version.
