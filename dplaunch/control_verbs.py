@@ -81,7 +81,7 @@ async def _scale(group: GroupLife, arguments: Mapping[str, Any]) -> Lines:
     dp = arguments.get("dp")
     if not isinstance(dp, int) or isinstance(dp, bool):
         raise UsageError(f"dp must be a whole number of ranks, not {dp!r}")
-    async for line in _change(group, _supervisor(group).scale(dp, _drain(group, arguments))):
+    async for line in _change(group, _supervisor(group).scale(dp, _seconds(arguments))):
         yield line
 
 
@@ -92,7 +92,7 @@ async def _restart(group: GroupLife, arguments: Mapping[str, Any]) -> Lines:
     known = [rank.identity.rank for rank in supervisor.ranks]
     if missing := sorted(set(ranks) - set(known)):
         raise UsageError(f"there is no rank {missing[0]}", hint=f"Ranks of this group: {known}.")
-    work = supervisor.restart(sorted(set(ranks)), bool(rolling), _drain(group, arguments))
+    work = supervisor.restart(sorted(set(ranks)), bool(rolling), _seconds(arguments))
     async for line in _change(group, work):
         yield line
 
@@ -132,11 +132,6 @@ def _supervisor(group: GroupLife) -> Any:
     if not group.seen.is_open or group.seen.is_closing:
         raise GroupClosedError("the group is not serving", hint="Its state: dplaunch status.")
     return group.supervisor
-
-
-def _drain(group: GroupLife, arguments: Mapping[str, Any]) -> float:
-    seconds = _seconds(arguments)
-    return group.drain_s if seconds is None else seconds
 
 
 def _seconds(arguments: Mapping[str, Any]) -> float | None:

@@ -114,8 +114,12 @@ class RankKeeper:
             self._tools.client.up(self.rank.link)
 
     async def live(self) -> str:
-        """Watches the rank, and brings it back when it dies; returns, with the cause, when it does not come back."""
+        """Watches the rank, and brings it back when it dies or is down; returns, with the cause, when it stays away."""
         cause = ""
+        if self.rank.state is RankState.DOWN:
+            cause = f"rank {self.rank.identity.rank} did not come back when it was restarted on request"
+            if not await self._restart():
+                return cause
         while self.rank.handle is not None and self.rank.link is not None:
             cause = await self.until_down()
             if not await self._restart():
@@ -169,7 +173,7 @@ class RankKeeper:
                 self.renew()
                 await self.bring_up(time.monotonic() + self._tools.spec.start_timeout_s)
             except Exception as error:  # whatever it was: the others serve on, and the policy says how often to try
-                await self._tidy_up(error)
+                await self.put_down(error)
             else:
                 return True
             finally:
@@ -180,7 +184,8 @@ class RankKeeper:
         self.rank.identity = self.rank.identity.restarted()
         self.rank.restart_count += 1
 
-    async def _tidy_up(self, error: Exception) -> None:
+    async def put_down(self, error: BaseException) -> None:
+        """Ends what is left of an incarnation that did not become ready; the rank is DOWN then."""
         rank = self.rank
         if rank.handle is not None:
             rank.handle.kill()

@@ -17,10 +17,12 @@ import zmq
 
 from dplaunch import known_flags, seam
 from dplaunch.backend import Backend, RankBoot, load_backend
-from dplaunch.client import GroupClient
+from dplaunch.changes import Changes
+from dplaunch.client import SETTLE_S, GroupClient
 from dplaunch.drain import drain
 from dplaunch.errors import DplaunchError, GroupClosedError, UsageError
 from dplaunch.events import Event, Level, Listener
+from dplaunch.host import GroupHost
 from dplaunch.identity import Identity
 from dplaunch.link import RankLink, Transport
 from dplaunch.logs import prepare_log_dir, prune_old, release_log_dir
@@ -36,7 +38,7 @@ from dplaunch.seam import frontend, wire
 from dplaunch.seam.config import check_version
 from dplaunch.seam.preload import exec_environment
 from dplaunch.sight import Sight
-from dplaunch.spec import LaunchSpec, Mode
+from dplaunch.spec import VLLM_ENGINE, LaunchSpec, Mode
 from dplaunch.supervisor import Supervisor
 from dplaunch.threads import in_thread
 
@@ -115,7 +117,11 @@ class GroupLife(GroupParts):
         if self.config.known_flags:
             known_flags.remember(version, self.config.known_flags)
         client = self._client = GroupClient(
-            wire.Codec(), on_engine_error=lambda rank: self.supervisor.engine_failed(rank)
+            wire.Codec(),
+            on_engine_error=lambda rank: self.supervisor.engine_failed(rank),
+            policy=self.spec.requests,
+            emit=self._emit,
+            settle_s=SETTLE_S,
         )
         self._supervisor = Supervisor(
             plan,
@@ -129,10 +135,10 @@ class GroupLife(GroupParts):
         )
         self._context = zmq.Context()
         self._address = await backend.address()
-        await self._start_ranks_and_engine(client, self._supervisor, imported)
+        await self._start_ranks_and_engine(backend, client, self._supervisor, imported)
 
     async def _start_ranks_and_engine(
-        self, client: GroupClient, supervisor: Supervisor, imported: asyncio.Future[None]
+        self, backend: Backend, client: GroupClient, supervisor: Supervisor, imported: asyncio.Future[None]
     ) -> None:
         # The engine loads its tokenizer while the ranks load their weights, then waits for them at this gate.
         gate: concurrent.futures.Future[list[Mapping[str, Any]]] = concurrent.futures.Future()
@@ -162,10 +168,18 @@ class GroupLife(GroupParts):
             await starting
             gate.set_result([rank.ready_response for rank in supervisor.ranks])
             self._engine = await building
+            supervisor.changes = Changes(
+                supervisor, backend, client, GroupHost(self, self._engine), dict(os.environ), self._emit
+            )
+            frontend.guard_health(self._engine, lambda: supervisor.is_healthy)
         finally:
             if not gate.done():
                 gate.set_exception(GroupClosedError("the start was given up"))
             await _end([starting, building])
+
+    def listen(self, listener: Listener) -> None:
+        """Tells one more listener what happens from now on."""
+        self._listeners.append(listener)
 
     async def close(self, reason: str = "closed by its user") -> None:
         """Stops the ranks and lets go of everything; idempotent, and safe to cancel and call again."""
@@ -175,6 +189,8 @@ class GroupLife(GroupParts):
 
     async def _close(self, reason: str) -> None:
         closed = GroupClosedError("the group is closed")
+        if self._supervisor is not None and self._supervisor.changes is not None:
+            await self._supervisor.changes.cancel()
         if self._engine is not None and self._client is not None and self._client.dead is None:
             await drain(self._engine, self._client, self.drain_s, closed=closed, emit=self._emit)
         if self._engine is not None:
@@ -238,7 +254,7 @@ class GroupLife(GroupParts):
 
 
 def _refuse_lockstep(plan: LaunchPlan) -> None:
-    if plan.mode is Mode.LOCKSTEP:
+    if plan.mode is Mode.LOCKSTEP and plan.spec.engine == VLLM_ENGINE:
         raise UsageError(
             f"a lockstep group cannot be launched yet: {plan.mode_reason}",
             hint="Leave --enable-expert-parallel out: each rank then holds the whole model and is independent.",

@@ -19,7 +19,7 @@ LEGAL = {
     RankState.READY: {RankState.DOWN, RankState.STOPPING},
     RankState.DOWN: {RankState.STARTING, RankState.FAILED, RankState.STOPPING},
     RankState.STOPPING: {RankState.STOPPED},
-    RankState.STOPPED: set[RankState](),
+    RankState.STOPPED: {RankState.STARTING, RankState.DOWN},  # when it was a restart on request
     RankState.FAILED: {RankState.STOPPING},
 }
 """Which state may follow which; changed in `Rank.enter` alone."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from dplaunch.backend import Backend, RankHandle
 from dplaunch.backoff import exhausted
+from dplaunch.changes import Changes
 from dplaunch.client import GroupClient
-from dplaunch.errors import DplaunchError, GroupDeadError
+from dplaunch.errors import DplaunchError, GroupClosedError, GroupDeadError
 from dplaunch.events import Event, Kind, Level, Listener, RankState
 from dplaunch.keeper import RankKeeper
 from dplaunch.lockstep import LockstepGroup
@@ -54,6 +55,8 @@ class Supervisor:
     ) -> None:
         self.keepers: list[RankKeeper]
         """The keepers of the ranks, in rank order."""
+        self.changes: Changes | None = None
+        """What scales the group and restarts its ranks; None until the group is there."""
         self._spec = plan.spec
         self._mode = plan.mode
         self._client = client
@@ -92,6 +95,21 @@ class Supervisor:
         """Ranks without which the group is not healthy; in lockstep each is."""
         return len(self.keepers) if self._mode is Mode.LOCKSTEP else self._spec.min_ranks
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether at least so many ranks answer as the group needs."""
+        return self.ready_count >= self.needed
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the group ends: nothing is brought back any more."""
+        return self._stopping or (self.changes is not None and self.changes.is_stopped)
+
+    @property
+    def start_timeout_s(self) -> float:
+        """Seconds that a rank has to be ready."""
+        return self._spec.start_timeout_s
+
     async def start(self) -> None:
         """Starts all ranks side by side; returns when every one is ready.
 
@@ -115,22 +133,45 @@ class Supervisor:
         """
         if self._stopping:
             return
+        if self.changes is not None:
+            await self.changes.cancel()
         self._stopping = True
         for task in self._lives.values():
             task.cancel()
         await asyncio.gather(*self._lives.values(), return_exceptions=True)
         self._data_path.cancel()
-        handles = [rank.handle for rank in self.ranks if rank.handle is not None]
         try:
             for keeper in self.keepers:
                 keeper.ask_to_stop(reason)
+        finally:
+            await self.until_stopped(self.keepers)
+
+    async def until_stopped(self, keepers: Sequence[RankKeeper]) -> None:
+        """Waits for ranks that were asked to end; kills what is left at the deadline, which they share."""
+        handles = [keeper.rank.handle for keeper in keepers if keeper.rank.handle is not None]
+        try:
             await await_exits(handles, self._spec.shutdown_timeout_s)
         finally:
             for handle in handles:
                 handle.kill()
             await await_exits(handles, KILL_WAIT_S)
-            for keeper in self.keepers:
+            for keeper in keepers:
                 keeper.stopped()
+
+    async def scale(self, dp: int, drain_s: float | None = None) -> None:
+        """Changes the number of ranks; see `AsyncGroup.scale`."""
+        await self._changes().scale(dp, drain_s)
+
+    async def restart(
+        self, ranks: Sequence[int] | None = None, rolling: bool = False, drain_s: float | None = None
+    ) -> None:
+        """Restarts ranks on request; see `AsyncGroup.restart`."""
+        await self._changes().restart(ranks, rolling, drain_s)
+
+    def _changes(self) -> Changes:
+        if self.changes is None:
+            raise GroupClosedError("the group is not running yet", hint="Wait until it is ready.")
+        return self.changes
 
     # One rank at a time, for whoever changes a group that runs.
 
