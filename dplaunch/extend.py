@@ -146,7 +146,7 @@ def _nodes_of_more(
     room = [node for node in inventory.nodes if cores[node.name]]
     if not room:
         raise ResourceError(
-            f"{count} more ranks find no core to run on: {', '.join(node.name for node in inventory.nodes)} have none",
+            f"no core is left for {count} more: there is none on {', '.join(node.name for node in inventory.nodes)}",
             hint="See who holds them, or add machines.",
         )
     here, more = Counter(rank.node for rank in ranks), Counter[str]()

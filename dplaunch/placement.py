@@ -152,7 +152,7 @@ def _refuse_too_few(spec: LaunchSpec, inventory: Inventory, world: int, room: in
     if share < 1:
         wanted += f" at num_gpus={share:g}"
     where = "this machine has" if len(nodes) == 1 else f"these {len(nodes)} machines have"
-    message = f"{wanted} needs {_count(needed, 'device')}, "
+    message = f"{wanted} {'need' if running and spec.dp > 1 else 'needs'} {_count(needed, 'device')}, "
     message += f"{scheduler} has {total:g} free" if scheduler else f"{where} {total:g}{' free' if running else ''}"
     if total >= needed:
         whole = "a rank does not span machines" if world > 1 else "a worker does not span devices"
