@@ -93,6 +93,11 @@ class Sight:
         await self._control.close(LAST_WORDS_S)
         self._log.close()
 
+    @property
+    def followers(self) -> int:
+        """How many follow the events."""
+        return len(self._followers)
+
     @contextlib.contextmanager
     def following(self) -> Iterator[asyncio.Queue[Event]]:
         """A queue that every event goes into, for as long as the block lasts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ import click
 
 MIN_WIDTH = 40
 """Columns of a terminal below which nothing is left out any more: the lines wrap."""
+
+MIN_COLUMNS = 3
+"""Columns of the table that are always there."""
+
+GAP = "  "
 
 COLOURS = {
     "ready": "green",
@@ -35,6 +41,19 @@ class _Column:
     right: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """A column with its texts, all of one width."""
+
+    title: str
+    texts: tuple[str, ...]  # the header first
+    keep: int
+
+    @property
+    def width(self) -> int:
+        return len(self.texts[0])
+
+
 def as_text(groups: Sequence[Status], *, width: int | None = None) -> str:
     """All groups.
 
@@ -43,7 +62,11 @@ def as_text(groups: Sequence[Status], *, width: int | None = None) -> str:
         width: columns of the terminal; None for what it has.
     """
     wide = shutil.get_terminal_size((120, 24)).columns if width is None else width
-    return "\n\n".join("\n".join([*_heading(group), "", *_table(group, max(wide, MIN_WIDTH))]) for group in groups)
+    return "\n\n".join(_one(group, max(wide, MIN_WIDTH)) for group in groups)
+
+
+def _one(group: Status, width: int) -> str:
+    return "\n".join([*_heading(group, width), "", *_table(group, width)])
 
 
 def watch(look: Callable[[], Sequence[Status]], interval_s: float) -> None:
@@ -78,21 +101,32 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
-def _heading(group: Status) -> list[str]:
-    requests, weights = group["requests"], group["weights"] or {}
+def _heading(group: Status, width: int) -> list[str]:
+    weights = group["weights"] or {}
     state = click.style(group["state"], fg=COLOURS.get(group["state"]), bold=True)
-    where = group["address"] or "no HTTP server"
-    lines = [
-        f"{group['name']}  {state}  {group['ready']} of {group['dp']} ranks ready  up {duration(group['uptime_s'])}",
-        f"  model     {group['model']}",
-        f"  address   {where}",
-        f"  runs      {group['backend']}, {group['mode']}, weights {weights.get('version', 0)}, pid {group['pid']}",
-        f"  requests  {_requests(requests)}, {group['tokens_per_s']:.0f} tokens/s",
-        f"  logs      {_home(group['log_dir'])}",
-    ]
+    facts = {
+        "model": group["model"],
+        "address": group["address"] or "no HTTP server",
+        "runs": f"{group['backend']}, {group['mode']}, weights {weights.get('version', 0)}, pid {group['pid']}",
+        "requests": f"{_requests(group['requests'])}, {group['tokens_per_s']:.0f} tokens/s",
+        "logs": _home(group["log_dir"]),
+    }
     if group["error"]:
-        lines.append(f"  error     {group['error']}")
-    return lines
+        facts["error"] = group["error"]
+    return [
+        f"{group['name']}  {state}  {group['ready']} of {group['dp']} ranks ready  up {duration(group['uptime_s'])}",
+        *(_fact(name, text, width) for name, text in facts.items()),
+    ]
+
+
+def _fact(name: str, text: str, width: int) -> str:
+    start = f"  {name:<10}"
+    room = width - len(start)
+    if len(text) > room:
+        # The end of a path tells more than its beginning.
+        is_path = text.startswith(("/", "~"))
+        text = f"…{text[len(text) - room + 1 :]}" if is_path else f"{text[: room - 1]}…"
+    return start + text
 
 
 def _requests(requests: Status) -> str:
@@ -104,16 +138,32 @@ def _requests(requests: Status) -> str:
 def _table(group: Status, width: int) -> list[str]:
     ranks = group["ranks"]
     several = len({rank["node"] for rank in ranks}) > 1
-    columns = _columns(several, time.time())
-    left_out = []
-    while (needed := _width(columns, ranks)) > width and len(columns) > 3:
+    columns = [_fill(column, ranks) for column in _columns(several, time.time())]
+    titles = [column.title for column in columns]
+    while sum(column.width + len(GAP) for column in columns) - len(GAP) > width and len(columns) > MIN_COLUMNS:
         least = min(columns, key=lambda column: column.keep)
-        columns = [column for column in columns if column is not least]
-        left_out.append(least.title)
-    lines = [_header(columns, ranks), *(_row(columns, ranks, rank, needed, width) for rank in ranks)]
-    if left_out:
-        lines.append(click.style(f"not shown for want of width: {', '.join(left_out)} (--json has all)", dim=True))
+        columns.remove(least)
+    header, *rows = zip(*(_coloured(column) for column in columns), strict=True)
+    lines = [click.style(GAP.join(header).rstrip(), dim=True), *(GAP.join(row).rstrip() for row in rows)]
+    there = {column.title for column in columns}
+    if left_out := [title for title in titles if title not in there]:
+        lines += textwrap.wrap(f"not shown for want of width, but by --json: {', '.join(left_out)}", width)
     return lines
+
+
+def _fill(column: _Column, ranks: Sequence[Status]) -> _Filled:
+    texts = [column.title, *map(column.cell, ranks)]
+    width = max(map(len, texts))
+    return _Filled(
+        column.title, tuple(text.rjust(width) if column.right else text.ljust(width) for text in texts), column.keep
+    )
+
+
+def _coloured(column: _Filled) -> list[str]:
+    if column.title != "state":
+        return list(column.texts)
+    header, *states = column.texts
+    return [header, *(click.style(state, fg=COLOURS.get(state.strip())) for state in states)]
 
 
 def _columns(several_nodes: bool, now: float) -> list[_Column]:
@@ -153,31 +203,6 @@ def _last_exit(rank: Status) -> str:
     died = rank["last_exit"]
     # The reason may be long, and is in the log and in --json.
     return "-" if died is None else str(died["text"]).partition(":")[0]
-
-
-def _width(columns: Sequence[_Column], ranks: Sequence[Status]) -> int:
-    return sum(_column_width(column, ranks) + 2 for column in columns) - 2
-
-
-def _column_width(column: _Column, ranks: Sequence[Status]) -> int:
-    return max(len(column.title), *(len(column.cell(rank)) for rank in ranks))
-
-
-def _header(columns: Sequence[_Column], ranks: Sequence[Status]) -> str:
-    cells = [_placed(column, column.title, _column_width(column, ranks)) for column in columns]
-    return click.style("  ".join(cells).rstrip(), dim=True)
-
-
-def _row(columns: Sequence[_Column], ranks: Sequence[Status], rank: Status, needed: int, width: int) -> str:
-    cells = []
-    for column in columns:
-        cell = _placed(column, column.cell(rank), _column_width(column, ranks))
-        cells.append(click.style(cell, fg=COLOURS.get(cell.strip())) if column.title == "state" else cell)
-    return "  ".join(cells).rstrip()
-
-
-def _placed(column: _Column, text: str, width: int) -> str:
-    return text.rjust(width) if column.right else text.ljust(width)
 
 
 def _home(path: str) -> str:
