@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -88,8 +89,11 @@ class Comparison:
     more_is_better: bool = False
 
     def ratio(self, samples: Samples) -> float:
-        """Ours over the base, of the medians."""
-        return statistics.median(samples[self.ours]) / statistics.median(samples[self.base])
+        """Ours over the base, of the medians; nothing over nothing is no more and no less."""
+        ours, base = statistics.median(samples[self.ours]), statistics.median(samples[self.base])
+        if not base:
+            return math.inf if ours else 1.0
+        return ours / base
 
     def verdict(self, samples: Samples) -> str:
         """The goal, and whether it was met."""
