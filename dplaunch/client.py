@@ -51,15 +51,16 @@ class GroupClient:
         self.dead: DplaunchError | None = None
         self._codec = codec
         self._on_engine_error = on_engine_error
+        self._calls = Calls(codec.encode)
         self._requests = Requests(
             codec,
             self.outputs,
             policy=policy or RequestPolicy(),
             emit=emit,
             settle_s=settle_s,
+            is_called=lambda link: self._calls.count(link) > 0,
         )
         self._dispatch = self._requests.dispatch
-        self._calls = Calls(codec.encode)
         self._refusal: DplaunchError | None = None
         self._rank_up: asyncio.Event = asyncio.Event()
 

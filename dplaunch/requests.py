@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from dplaunch.counters import Counters, RankCounters
@@ -19,6 +19,9 @@ from dplaunch.second_run import AnsweredDifferently, SecondRun
 from dplaunch.spec import RequestPolicy
 from dplaunch.suspects import Suspects, poisoned
 from dplaunch.tell import Teller
+
+ABORT_S = 30.0
+"""Seconds that a rank which aborts its requests unasked has to end, and its requests to move: a long shutdown."""
 
 
 class Codec(Protocol):
@@ -40,6 +43,7 @@ class Requests:
         policy: how many there may be, and how many dying ranks each may have been on.
         emit: told what became of the requests of ranks that died.
         settle_s: seconds between a rank's death and the move of its requests.
+        is_called: whether a utility call is under way on a link.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Requests:
         policy: RequestPolicy,
         emit: Listener,
         settle_s: float,
+        is_called: Callable[[RankLink], bool],
     ) -> None:
         self.counters = Counters()
         self.rank_counters: defaultdict[int, RankCounters] = defaultdict(RankCounters)
@@ -58,6 +63,7 @@ class Requests:
         self._outputs = outputs
         self._policy = policy
         self._settle_s = settle_s
+        self._is_called = is_called
         self._in_flight: dict[str, InFlight] = {}
         self._broken: set[str] = set()  # sessions that were lost while more of their input was to come
         self._suspects = Suspects(policy.max_failures)
@@ -197,6 +203,8 @@ class Requests:
         entry = self._in_flight.get(output.request_id)
         if entry is None or entry.link is not link:
             return False  # It was aborted a moment ago.
+        if output.finish_reason is not None and str(output.finish_reason) == "abort" and self._hold(entry, link):
+            return False
         if entry.second is not None and not self._is_new(entry, output):
             return False
         entry.shown = True
@@ -213,6 +221,18 @@ class Requests:
                 counters.finished += 1
                 self.counters.finished += 1
                 self._end(entry)
+        return True
+
+    def _hold(self, entry: InFlight, link: RankLink) -> bool:
+        """Whether to wait with the end of a request that nobody here aborted: its engine may be about to end."""
+        if self._is_called(link):
+            return False  # As pausing does, or putting to sleep.
+
+        def end() -> None:
+            if self._in_flight.get(entry.request_id) is entry and entry.link is link:
+                self._lose(entry, f"rank {link.rank} aborted it")
+
+        asyncio.get_running_loop().call_later(ABORT_S, end)
         return True
 
     def _is_new(self, entry: InFlight, output: Any) -> bool:

@@ -35,6 +35,7 @@ class Fault:
         grandchild: the engine has a worker process of its own, in its process group, and ends by an error with it.
         late_answer_s: seconds after SIGTERM at which every request in flight gets one more token.
         instance_id: the id that the engine claims to have; None for its own.
+        deviates: the engine answers other tokens than those that are expected.
     """
 
     when: When = When.AFTER_READY
@@ -51,6 +52,7 @@ class Fault:
     grandchild: bool = False
     late_answer_s: float | None = None
     instance_id: str | None = None
+    deviates: bool = False
 
     @property
     def strikes(self) -> bool:

@@ -136,6 +136,9 @@ class Server:
     def _step(self) -> None:
         self._due = time.monotonic() + self._delay_s
         for client, outputs in self._scheduler.step().items():
+            if self._faults.fault.deviates:
+                for output in outputs:
+                    output.new_token_ids = [LATE_TOKEN for _ in output.new_token_ids]
             finished = {output.request_id for output in outputs if output.finish_reason is not None}
             self._send(client, outputs, finished if self._report_finished else None)
             for output in outputs:
