@@ -37,7 +37,8 @@ class DplaunchError(Exception):
     exit_code: ExitCode = ExitCode.INTERNAL
 
     def __init__(self, message: str, *, hint: str = "", detail: str = "") -> None:
-        super().__init__(message)
+        # Not super(): in an error that is one of vLLM's too, that is vLLM's, which takes other arguments.
+        Exception.__init__(self, message)
         self.message = message
         self.hint = hint
         self.detail = detail
