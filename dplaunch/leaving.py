@@ -51,10 +51,10 @@ async def end(supervisor: Supervisor, client: GroupClient, keepers: Sequence[Ran
     for keeper in keepers:
         rank = keeper.rank
         serves, link = _serves(rank), rank.link
+        died = rank.handle is not None and rank.handle.poll() is not None
         keeper.ask_to_stop(reason)
         if serves and link is not None:
             # No await since the engine was asked to end: nothing of its end has reached a request.
-            died = rank.handle is not None and rank.handle.poll() is not None
             client.down(link, reason, blame=died)
     await supervisor.until_stopped(keepers)
 

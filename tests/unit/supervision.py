@@ -195,6 +195,19 @@ class Rig:
         self.supervisor = self._supervisor(directory)
 
     def _supervisor(self, directory: Path) -> Supervisor:
+        plan = self.plan = self._plan(directory)
+        return Supervisor(
+            plan,
+            cast(Backend, self),
+            cast(GroupClient, self.client),
+            make_boot=make_boot,
+            make_link=self._link,
+            data_path=cast(Awaitable[None], self.data_path),
+            emit=self.events.append,
+            on_dead=self.gone.append,
+        )
+
+    def _plan(self, directory: Path) -> LaunchPlan:
         ranks = tuple(
             RankSpec(
                 identity=Identity("base", rank),
@@ -207,7 +220,7 @@ class Rig:
             )
             for rank in range(self.spec.dp)
         )
-        plan = LaunchPlan(
+        return LaunchPlan(
             spec=self.spec,
             base_id="base",
             model="m",
@@ -219,16 +232,6 @@ class Rig:
             engine_defaults={},
             log_dir=directory,
             ranks=ranks,
-        )
-        return Supervisor(
-            plan,
-            cast(Backend, self),
-            cast(GroupClient, self.client),
-            make_boot=make_boot,
-            make_link=self._link,
-            data_path=cast(Awaitable[None], self.data_path),
-            emit=self.events.append,
-            on_dead=self.gone.append,
         )
 
     def _link(self, identity: Identity, on_phase: Callable[[str], None]) -> RankLink:
