@@ -184,10 +184,12 @@ def describe_death(exit: Exit, log_path: Path, failure: Failure | None) -> tuple
     if exit.reason and failure is None:
         return str(exit), ""  # It is known, and not to be guessed.
     cause = _find(exit, tail(log_path, SEARCHED_LINES), failure)
-    headline = _headline(exit, failure)
-    if failure is None and cause.what:
-        headline = f"{headline}, likely because {cause.what}"
-    return headline, _sentence(cause.advice)
+    words = str(exit)
+    if failure is not None:
+        words = f"{words}: {_headline(exit, failure)}"
+    elif cause.what:
+        words = f"{words}, likely because {cause.what}"
+    return words, _sentence(cause.advice)
 
 
 def _headline(exit: Exit, failure: Failure | None) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 
 from dplaunch.argv import scan
 from dplaunch.errors import AddressError, DplaunchError, ExitCode, GroupClosedError
-from dplaunch.events import Event, Listener
+from dplaunch.events import Event, Kind, Listener
 from dplaunch.group import AsyncGroup
+from dplaunch.health import add_ready_route
 from dplaunch.progress import ReportKind, make_reporter
 from dplaunch.seam import server
 from dplaunch.spec import LaunchSpec
@@ -111,7 +112,8 @@ async def _open(group: AsyncGroup, ui: UiOptions, stack: contextlib.ExitStack) -
             stack.enter_context(_logging_to(group.plan.log_dir / FRONTEND_LOG))
             if ui.tee:
                 files = {rank.identity.rank: rank.log_file for rank in group.plan.ranks}
-                stack.enter_context(Tee(files, sys.stdout))
+                tee = stack.enter_context(Tee(files, sys.stdout))
+                group.listen(lambda event: _follow(tee, event))
         await opening
     finally:
         planned.cancel()
@@ -121,7 +123,15 @@ async def _open(group: AsyncGroup, ui: UiOptions, stack: contextlib.ExitStack) -
     if args is None:
         raise DplaunchError("the server's flags were not parsed", hint="This is a bug in dplaunch: please report it.")
     await in_thread(lambda: server.load_plugins(args), "plugins")
-    return await server.make_app(group.engine, args)
+    app = await server.make_app(group.engine, args)
+    add_ready_route(app, group)
+    return app
+
+
+def _follow(tee: Tee, event: Event) -> None:
+    """Shows the log of a rank that joins."""
+    if event.kind is Kind.SCALE and event.rank is not None:
+        tee.add(event.rank, Path(event.data["log_file"]))
 
 
 async def _run(app: Any, listener: socket.socket, group: AsyncGroup, stop: _StopRequest) -> ExitCode:

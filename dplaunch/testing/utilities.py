@@ -72,6 +72,10 @@ class Utilities:
         """Takes on a `Fault`, given by its fields: at once where it is one of AFTER_READY."""
         self._misbehave(Fault(**{**fault, "when": When(fault.get("when", When.AFTER_READY))}))
 
+    def work(self, seconds: float) -> None:
+        """Does nothing else for so long, as a call that loads weights."""
+        self._host.sleep(seconds)
+
     def get_supported_tasks(self) -> list[str]:
         return ["generate"]
 
