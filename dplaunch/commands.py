@@ -23,12 +23,14 @@ ENDS_S = 60.0
 Command = Callable[..., Any]
 
 _group = click.option("--group", "name", metavar="NAME", help="The group that is meant, where several run.")
-_drain = click.option(
-    "--drain",
-    type=click.FloatRange(min=0),
-    metavar="SECONDS",
-    help="Time for the requests in flight; without it, vLLM's --shutdown-timeout.",
-)
+
+
+def _drain(default: str) -> Callable[[Command], Command]:
+    help_text = f"Time for the requests in flight to end where they are; without it, {default}."
+    return click.option("--drain", type=click.FloatRange(min=0), metavar="SECONDS", help=help_text)
+
+
+_drain_change = _drain("30 s")
 
 
 def register(cli: click.Group) -> None:
@@ -69,20 +71,19 @@ def logs(name: str | None, rank: int | None, follow: bool, lines: int) -> None:
 
 @click.command()
 @_group
-@_drain
+@_drain("what --shutdown-timeout said at the launch")
 def stop(name: str | None, drain: float | None) -> None:
     """End a group, in order."""
-    pid = _pid(name)
     result = _do(name, "stop", {"drain": drain})
     if result["ends_process"]:
-        _await_end(pid)
+        _await_end(result["pid"])
     click.echo("stopped")
 
 
 @click.command()
 @_group
 @click.option("--dp", type=int, required=True, metavar="N", help="Data-parallel ranks from now on.")
-@_drain
+@_drain_change
 def scale(name: str | None, dp: int, drain: float | None) -> None:
     """Change the number of ranks while the group serves."""
     result = _do(name, "scale", {"dp": dp, "drain": drain})
@@ -94,14 +95,12 @@ def scale(name: str | None, dp: int, drain: float | None) -> None:
 @click.option("--rank", "ranks", type=int, multiple=True, metavar="R", help="This rank; may be repeated.")
 @click.option("--all", "every", is_flag=True, help="All ranks.")
 @click.option("--rolling", is_flag=True, help="One after the other, so that the group serves on.")
-@_drain
+@_drain_change
 def restart(name: str | None, ranks: tuple[int, ...], every: bool, rolling: bool, drain: float | None) -> None:
     """Replace ranks by fresh ones while the group serves."""
     if every == bool(ranks):
         raise UsageError("which ranks?", hint="Use --rank R (may be repeated) or --all.")
-    if every:
-        ranks = tuple(rank["rank"] for rank in _one(name)["ranks"])
-    result = _do(name, "restart", {"ranks": list(ranks), "rolling": rolling, "drain": drain})
+    result = _do(name, "restart", {"ranks": None if every else list(ranks), "rolling": rolling, "drain": drain})
     click.echo(f"{result['ready']} of {result['dp']} ranks ready")
 
 
@@ -119,17 +118,6 @@ def _statuses(name: str | None) -> list[dict[str, Any]]:
                 raise
             click.echo(f"dplaunch: {error.message}", err=True)
     return found
-
-
-def _one(name: str | None) -> dict[str, Any]:
-    from dplaunch import control_client
-
-    (group,) = control_client.choose(name, one=True)
-    return control_client.ask(group, "status")
-
-
-def _pid(name: str | None) -> int:
-    return int(_one(name)["pid"])
 
 
 def _do(name: str | None, verb: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

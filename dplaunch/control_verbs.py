@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -74,26 +75,22 @@ async def _stop(group: GroupLife, arguments: Mapping[str, Any]) -> Lines:
             yield line
     finally:
         ended.cancel()
-    yield _result({"ends_process": ends_process})
+    yield _result({"ends_process": ends_process, "pid": os.getpid()})
 
 
 async def _scale(group: GroupLife, arguments: Mapping[str, Any]) -> Lines:
     dp = arguments.get("dp")
-    if not isinstance(dp, int) or isinstance(dp, bool):
+    if not isinstance(dp, int):
         raise UsageError(f"dp must be a whole number of ranks, not {dp!r}")
-    async for line in _change(group, _supervisor(group).scale(dp, _seconds(arguments))):
+    async for line in _change(group, group.supervisor.scale(dp, _seconds(arguments))):
         yield line
 
 
 async def _restart(group: GroupLife, arguments: Mapping[str, Any]) -> Lines:
-    supervisor, ranks, rolling = _supervisor(group), arguments.get("ranks"), arguments.get("rolling", False)
-    if not isinstance(ranks, list) or not all(isinstance(rank, int) for rank in ranks) or not ranks:
-        raise UsageError(f"ranks must be a list of ranks, not {ranks!r}")
-    known = [rank.identity.rank for rank in supervisor.ranks]
-    if missing := sorted(set(ranks) - set(known)):
-        raise UsageError(f"there is no rank {missing[0]}", hint=f"Ranks of this group: {known}.")
-    work = supervisor.restart(sorted(set(ranks)), bool(rolling), _seconds(arguments))
-    async for line in _change(group, work):
+    ranks, rolling = arguments.get("ranks"), arguments.get("rolling", False)
+    if ranks is not None and not (isinstance(ranks, list) and all(isinstance(rank, int) for rank in ranks)):
+        raise UsageError(f"ranks must be a list of ranks, or null for all, not {ranks!r}")
+    async for line in _change(group, group.supervisor.restart(ranks, bool(rolling), _seconds(arguments))):
         yield line
 
 
@@ -126,12 +123,6 @@ async def _until(group: GroupLife, done: asyncio.Future[Any]) -> Lines:
                 yield _event(coming.result())
         while not queue.empty():
             yield _event(queue.get_nowait())
-
-
-def _supervisor(group: GroupLife) -> Any:
-    if not group.seen.is_open or group.seen.is_closing:
-        raise GroupClosedError("the group is not serving", hint="Its state: dplaunch status.")
-    return group.supervisor
 
 
 def _seconds(arguments: Mapping[str, Any]) -> float | None:

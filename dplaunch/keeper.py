@@ -266,7 +266,14 @@ class RankKeeper:
         )
 
     def _on_phase(self, phase: str) -> None:
-        number = self.rank.identity.rank
+        number, incarnation = self.rank.identity.rank, self.rank.identity.incarnation
         self._tools.emit(
-            Event(message=f"rank {number} {phase}", kind=Kind.PHASE, rank=number, state=self.rank.state, phase=phase)
+            Event(
+                message=f"rank {number} {phase}",
+                kind=Kind.PHASE,
+                rank=number,
+                incarnation=incarnation,
+                state=self.rank.state,
+                phase=phase,
+            )
         )

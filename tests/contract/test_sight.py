@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ async def test_it_is_stopped_with_time_for_what_is_in_flight(launch: Launch) -> 
     batch = asyncio.create_task(watched.group.generate([[1]], params(25)))
     await poll_until_async(lambda: watched.group.client.unfinished == 1, 30)
     lines = await asyncio.to_thread(lambda: list(control_client.stream(group, "stop", {"drain": 60})))
-    assert lines[-1] == {"v": 1, "type": "result", "result": {"ends_process": False}}
+    assert lines[-1] == {"v": 1, "type": "result", "result": {"ends_process": False, "pid": os.getpid()}}
     said = [line["event"]["message"] for line in lines[:-1]]
     assert "rank 0 is asked to stop: dplaunch stop" in said
     assert "rank 1 stopped" in said
@@ -98,7 +99,7 @@ async def test_what_cannot_be_asked_for_is_refused_in_words(launch: Launch) -> N
         ("status", {"x": 1}, "status takes no 'x'"),
         ("stop", {"drain": -1}, "drain must be a number of seconds, not -1"),
         ("scale", {"dp": "3"}, "dp must be a whole number of ranks, not '3'"),
-        ("restart", {"ranks": []}, "ranks must be a list of ranks"),
+        ("restart", {"ranks": "all"}, "ranks must be a list of ranks"),
         ("restart", {"ranks": [5]}, "there is no rank 5"),
     ):
         with pytest.raises(RemoteError) as caught:
@@ -117,3 +118,25 @@ async def test_its_events_can_be_followed(launch: Launch) -> None:
     lines = await following
     assert lines[-1]["type"] == "result"
     assert "rank 0 is asked to stop: the test is over" in [line["event"]["message"] for line in lines[:-1]]
+
+
+async def test_a_change_goes_on_when_whoever_asked_for_it_has_gone_and_is_the_only_one_meanwhile(
+    launch: Launch,
+) -> None:
+    plan = StandInPlan(faults={(1, 0): Fault(slow_start_s=3.0)})
+    watched = await launch(plan, dp=1, base_id="changed", engine_args={"max_num_seqs": 4})
+    group = await asyncio.to_thread(address_of, "changed")
+    reader, writer = await asyncio.open_unix_connection(str(group.path))
+    writer.write(b'{"v": 1, "verb": "scale", "args": {"dp": 2}}\n')
+    assert json.loads(await reader.readline())["event"]["message"] == "scaling from 1 rank to 2"
+    writer.close()
+    await writer.wait_closed()
+    with pytest.raises(RemoteError, match="the group is busy scaling from 1 rank to 2"):
+        await asyncio.to_thread(control_client.ask, group, "restart", {"ranks": [0]})
+    await poll_until_async(lambda: watched.group.supervisor.ready_count == 2, 60, "the rank that joins")
+    lines = await asyncio.to_thread(lambda: list(control_client.stream(group, "restart", {"rolling": True})))
+    assert [rank["incarnation"] for rank in lines[-1]["result"]["ranks"]] == [1, 1]
+    said = [line["event"]["message"] for line in lines[:-1]]
+    assert said[0] == "restarting 2 ranks, one after the other"
+    assert any(words.startswith("restarted 2 ranks in ") for words in said)
+    assert [rank["restarts"] for rank in lines[-1]["result"]["ranks"]] == [0, 0]

@@ -20,6 +20,7 @@ from dplaunch.cli import main
 from dplaunch.control import ControlServer
 from dplaunch.control_wire import GROUP_FILE, SOCKET_NAME
 from dplaunch.errors import ExitCode, GroupClosedError
+from dplaunch.leaving import DRAIN_S
 from dplaunch.logs import prepare_log_dir, release_log_dir
 from dplaunch.runtime_dir import make_runtime_dir
 from dplaunch.testing import poll_until
@@ -55,7 +56,7 @@ class Played:
             yield {"type": "result", "result": self.status}
             return
         self.asked.append((verb, arguments))
-        if verb == "restart" and arguments["ranks"] == [7]:
+        if arguments.get("ranks") == [7]:
             raise GroupClosedError("another change is under way", hint="Wait for it.")
         for message, phase in (("rank 2 is starting", ""), ("rank 2 loading", "loading"), ("rank 2 is ready", "")):
             yield {"type": "event", "event": {"message": message, "phase": phase}}
@@ -178,12 +179,18 @@ def test_restart_is_told_which_ranks(play: Play, capsys: Output) -> None:
     assert main(["restart", "--all", "--rolling"]) == 0
     assert group.asked == [
         ("restart", {"ranks": [1, 0], "rolling": False}),
-        ("restart", {"ranks": [0, 1], "rolling": True}),
+        ("restart", {"rolling": True}),
     ]
     capsys.readouterr()
     for wrong in (["restart"], ["restart", "--all", "--rank", "1"]):
         assert main(wrong) == ExitCode.USAGE
         assert "--rank R (may be repeated) or --all" in capsys.readouterr().err
+
+
+def test_the_help_names_the_groups_own_drain_time(capsys: Output) -> None:
+    for command in ("scale", "restart"):
+        assert main([command, "--help"]) == 0
+        assert f"without it, {DRAIN_S:g} s." in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_the_group_refuses_is_the_commands_error(play: Play, capsys: Output) -> None:
