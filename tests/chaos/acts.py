@@ -120,3 +120,19 @@ async def send_poison(rig: Rig) -> None:
     await rig.whole()
     changed = [number for number, now in rig.incarnations().items() if now != before[number]]
     assert len(changed) == 2, changed
+
+
+async def scale_up_and_down(rig: Rig) -> None:
+    """Two ranks more and two fewer, with so little time to drain that requests move."""
+    ranks = len(rig.group.supervisor.ranks)
+    await rig.group.scale(ranks + 2)
+    await rig.whole()
+    await rig.group.scale(ranks, drain_s=0.1)
+
+
+async def roll(rig: Rig) -> None:
+    """Every rank is restarted, one after the other, with so little time to drain that requests move."""
+    before = rig.incarnations()
+    await rig.group.restart(rolling=True, drain_s=0.1)
+    now = rig.incarnations()
+    assert [number for number in before if now[number] == before[number]] == []

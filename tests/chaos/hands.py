@@ -16,6 +16,9 @@ from dplaunch.testing import When
 from tests.chaos.load import Ask, End, Load, Tally, ask, follow
 from tests.chaos.rig import POISON, Rig
 
+FEWEST, MOST = 4, 8
+"""Ranks between which a run scales."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hand:
@@ -118,6 +121,29 @@ class Hands:
         with contextlib.suppress(DplaunchError):
             await self._rig.misbehave(self._one(), **fault)
 
+    async def scale(self) -> None:
+        """More ranks, or fewer. The unlucky ones stay, so that nothing keeps those that join from starting."""
+        await self._rig.group.scale(self._source.randrange(FEWEST, MOST + 1), self._drain_s())
+
+    async def roll(self) -> None:
+        """Every rank is restarted on request, one after the other."""
+        await self._rig.group.restart(rolling=True, drain_s=self._drain_s())
+
+    async def restart_one(self) -> None:
+        await self._rig.group.restart([self._one()], drain_s=self._drain_s())
+
+    async def scale_under_fire(self) -> None:
+        """A rank dies while their number changes: the change may fail, the group may not."""
+        change = asyncio.ensure_future(self.scale())
+        await asyncio.sleep(self._source.uniform(0.0, 0.5))
+        await self.kill()
+        with contextlib.suppress(DplaunchError):
+            await change
+
+    def _drain_s(self) -> float:
+        # So short that most requests move, or so long that none has to.
+        return self._source.choice((0.1, 20.0))
+
     async def poison(self) -> None:
         """A request that ends every rank that it is on."""
         tally = self.poisoned
@@ -159,6 +185,10 @@ HANDS = {
     "break_down": Hand(Hands.break_down, 2),
     "die_at_a_request": Hand(Hands.die_at_a_request, 2),
     "die_in_an_answer": Hand(Hands.die_in_an_answer, 3),
+    "scale": Hand(Hands.scale, 3),
+    "scale_under_fire": Hand(Hands.scale_under_fire, 1),
+    "restart_one": Hand(Hands.restart_one, 2, real=True),
+    "roll": Hand(Hands.roll, 1),
     "poison": Hand(Hands.poison, 1),
     "leave_in_crowds": Hand(Hands.leave_in_crowds, 2),
     "give_up": Hand(Hands.give_up, 2),

@@ -18,8 +18,8 @@ from tests.contract.groups import Watched, group_spec
 
 RANKS = 4
 
-POISON = 999
-"""A rank that gets a prompt with this token in it dies."""
+POISON = 2
+"""A rank that gets a prompt with this token in it dies. A reserved one: answers become prompts when they move."""
 
 MANY = 600
 """More incarnations than any run needs."""
