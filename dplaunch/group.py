@@ -12,6 +12,7 @@ from dplaunch.events import Listener
 from dplaunch.life import GroupLife
 from dplaunch.progress import ReportKind, make_reporter
 from dplaunch.spec import LaunchSpec
+from dplaunch.supervisor import Supervisor
 
 
 class AsyncGroup(GroupLife):
@@ -95,7 +96,7 @@ class AsyncGroup(GroupLife):
             RankFailedError: when a rank does not start; the group is as it was.
             GroupClosedError: when the group is closed meanwhile.
         """
-        await self.supervisor.scale(dp, drain_s)
+        await self._running().scale(dp, drain_s)
 
     async def restart(
         self, ranks: Sequence[int] | None = None, rolling: bool = False, drain_s: float | None = None
@@ -115,7 +116,12 @@ class AsyncGroup(GroupLife):
             RankFailedError: when a rank does not come back at once; a rolling restart ends there.
             GroupClosedError: when the group is closed meanwhile.
         """
-        await self.supervisor.restart(ranks, rolling, drain_s)
+        await self._running().restart(ranks, rolling, drain_s)
+
+    def _running(self) -> Supervisor:
+        """The ranks, of a group that is neither closed nor dead."""
+        _ = self.engine
+        return self.supervisor
 
     async def call(self, method: str, *args: Any, rank: int | None = None) -> list[Any]:
         """Calls an engine-core utility method on all ranks, or on one; one result a rank, in rank order."""

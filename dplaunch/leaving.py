@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dplaunch.errors import DplaunchError
 from dplaunch.events import RankState
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ async def leave(
         await _until_idle(client, keepers, drain_s)
     except BaseException:
         for keeper in keepers:
-            _stay(supervisor, client, keeper)
+            await _stay(supervisor, keeper)
         raise
     await to_the_end(end(supervisor, client, keepers, reason))
 
@@ -95,12 +96,14 @@ async def _idle_or_dead(client: GroupClient, rank: Rank) -> None:
             each.cancel()
 
 
-def _stay(supervisor: Supervisor, client: GroupClient, keeper: RankKeeper) -> None:
+async def _stay(supervisor: Supervisor, keeper: RankKeeper) -> None:
     """The rank serves on as if nothing had been asked of it."""
-    if supervisor.is_stopping:
+    if supervisor.is_stopping or keeper.rank.state is RankState.FAILED:
         return
     if _serves(keeper.rank):
         keeper.join()
+    elif keeper.rank.state is RankState.STARTING:
+        await keeper.put_down(DplaunchError("it was interrupted"))
     supervisor.tend(keeper)
 
 

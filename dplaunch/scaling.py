@@ -56,9 +56,9 @@ class Scaler:
         new = plan.ranks[len(before.ranks) :]
         self._say_where(new)
         keepers = [self._supervisor.make_keeper(spec) for spec in new]
-        self._host.resize(dp)
         self._supervisor.keepers.extend(keepers)
         try:
+            self._host.resize(dp)
             await self._backend.reserve(new)
             await bring_up_all(keepers, time.monotonic() + self._supervisor.start_timeout_s, join=False)
         except BaseException:
@@ -88,6 +88,7 @@ class Scaler:
             self._supervisor.keepers.remove(keeper)
             self._client.forget(rank)
         self._host.resize(len(self._supervisor.keepers))
+        self._supervisor.check_left()
         for keeper in keepers:
             await self._backend.release(keeper.rank.identity.rank)
 

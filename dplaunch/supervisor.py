@@ -181,7 +181,8 @@ class Supervisor:
 
     def tend(self, keeper: RankKeeper) -> None:
         """From now on the rank, which is ready, is watched, and brought back when it dies."""
-        self._lives[keeper] = asyncio.create_task(self._live(keeper))
+        if keeper not in self._lives or self._lives[keeper].done():
+            self._lives[keeper] = asyncio.create_task(self._live(keeper))
 
     async def let_be(self, keeper: RankKeeper) -> None:
         """The rank is not watched any more: what happens to it now is the caller's doing. Undone by `tend`."""
@@ -213,6 +214,15 @@ class Supervisor:
         message = f"the group goes on without rank {number}: {count}"
         data = {"left": left, "needed": self._spec.min_ranks}
         self._emit(Event(message=message, kind=Kind.GROUP, level=Level.ERROR, data=data))
+
+    def check_left(self) -> None:
+        """Ends the group when too few of its ranks are left, now that others have gone on request."""
+        failed = [keeper for keeper in self.keepers if keeper.rank.state is RankState.FAILED]
+        left = len(self.keepers) - len(failed)
+        if failed and left < self._spec.min_ranks:
+            cause = self._causes.get(failed[-1].rank.identity.rank, "")
+            count = f"{left} of {len(self.keepers)} ranks are left, {self._spec.min_ranks} are needed"
+            self._die(f"{count}: {cause}", failed[-1])
 
     async def _live_together(self) -> None:
         first, cause = await LockstepGroup(self.keepers, self._tools).live()

@@ -13,6 +13,10 @@ Checked with vLLM 0.32. What we rely on, and where:
 * frontend.py, AsyncLLM over our client: `EngineCoreClient.make_async_mp_client`, `AsyncMPClient`,
   `MPClient._apply_ready_response`, `AsyncLLM`, `OutputProcessor.request_states`, and that /health
   asks `AsyncLLM.check_health` and takes `EngineDeadError` for a no.
+* resize.py, another number of ranks: `AsyncLLM.logger_manager`, `StatLoggerManager.stat_loggers` and `engine_indexes`,
+  `PerEngineStatLoggerAdapter.per_engine_stat_loggers`, and that `PrometheusStatLogger` makes its metrics through
+  attributes that end in `_cls`, and those that they have. Of prometheus_client: the registry's `_collector_to_names`,
+  a metric's `_name` and `_labelnames`.
 * failures.py, errors to the caller: `OutputProcessor.abort_requests`, `RequestState.queue` and `parent_req`, and
   that `AsyncLLM.generate` and `encode` hand on a `GracefulHTTPError`.
 * requests.py and traits.py, a request that moves: `EngineCoreOutput`, `SamplingParams`, `VllmConfig`.

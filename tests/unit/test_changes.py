@@ -316,6 +316,36 @@ async def test_a_shrink_that_is_given_up_leaves_the_ranks_in_service_and_watched
     assert group.told(Kind.SCALE)[-1] == "scaling from 2 ranks to 1 was given up"
 
 
+async def test_a_rank_that_was_coming_back_goes_on_with_it_when_its_leave_is_given_up(start: Start) -> None:
+    group = await start(3, restart=RestartPolicy(backoff_s=0.0))
+    group.client.loaded = {1: asyncio.Event()}
+    group.on_spawn = waits(2)
+    await group.dies(2)
+    await poll_until_async(lambda: len(group.handles) == 4)
+    shrinking = asyncio.create_task(group.supervisor.scale(1, 600.0))
+    await poll_until_async(lambda: ("retire", 1) in group.client.said)
+    group.on_spawn = lambda handle, link: link.ready.set_result({})
+    shrinking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await shrinking
+    await poll_until_async(lambda: group.names == ["base_dp0", "base_dp1", "base-r2_dp2"])
+    await group.until(2, RankState.READY)
+
+
+async def test_a_group_whose_last_rank_fails_while_others_were_to_join_is_dead_when_they_do_not(start: Start) -> None:
+    group = await start(1)
+    group.on_spawn = lambda handle, link: None
+    growing = asyncio.create_task(group.supervisor.scale(2))
+    await poll_until_async(lambda: len(group.handles) == 2)
+    await group.dies(0)
+    await group.until(0, RankState.FAILED)
+    assert group.gone == []
+    group.handles[1].end(Exit(code=3))
+    with pytest.raises(RankFailedError):
+        await growing
+    assert "0 of 1 ranks are left, 1 are needed: rank 0 died while serving" in group.gone[0].message
+
+
 async def test_a_restart_that_is_given_up_half_way_is_finished_by_the_policy(start: Start) -> None:
     group = await start(1, restart=RestartPolicy(backoff_s=0.0))
     group.on_spawn = waits(0)

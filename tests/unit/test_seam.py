@@ -75,6 +75,16 @@ SIGNATURES: Mapping[str, str] = {
         "message, err_type=, status_code=, param="
     ),
     "vllm.v1.engine.exceptions:EngineDeadError": "*args, suppress_context=, **kwargs",
+    # resize.py
+    "vllm.v1.metrics.loggers:StatLoggerManager": (
+        "vllm_config, engine_idxs=, custom_stat_loggers=, enable_default_loggers=, aggregate_engine_logging=, "
+        "client_count="
+    ),
+    "vllm.v1.metrics.loggers:PerEngineStatLoggerAdapter": (
+        "vllm_config, engine_indexes, per_engine_stat_logger_factory"
+    ),
+    "vllm.v1.metrics.loggers:PrometheusStatLogger": "vllm_config, engine_indexes=",
+    "vllm.v1.metrics.loggers:PrometheusStatLogger.log_engine_initialized": "self",
     # config.py
     "vllm.engine.arg_utils:AsyncEngineArgs.from_cli_args": "args",
     "vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config": "self, usage_context=, headless=",
@@ -530,3 +540,35 @@ def test_what_vllm_refuses_is_told_in_one_line(
     assert all(word in error["message"] for word in words), error
     assert "\n" not in error["message"]
     assert hint in error["hint"]
+
+
+# Another number of ranks.
+
+
+def test_vllms_metrics_are_all_made_through_classes_that_can_be_replaced() -> None:
+    from prometheus_client import Counter, Gauge, Histogram
+    from vllm.v1.metrics import loggers
+
+    own = loggers.PrometheusStatLogger
+    assert {own._counter_cls, own._gauge_cls, own._histogram_cls} == {Counter, Gauge, Histogram}
+    parts = [name for name in dir(own) if name.endswith("_cls")]
+    assert len(parts) == 7
+    for name in parts:
+        if getattr(own, name) not in (Counter, Gauge, Histogram):
+            assert [part for part in dir(getattr(own, name)) if part.endswith("_cls")]
+    # Whatever it makes it makes so.
+    names = own.__init__.__code__.co_names
+    assert not {"Counter", "Gauge", "Histogram"} & set(names)
+
+
+def test_vllm_counts_ranks_and_their_loggers_where_we_change_their_number() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter, StatLoggerManager
+
+    assert "data_parallel_size" in inspect.getsource(InputProcessor.process_inputs)
+    handler = inspect.getsource(AsyncLLM._run_output_handler)
+    # The manager stays the same object: only what it has is replaced.
+    assert "self._logger_ref = [self.logger_manager]" in handler
+    assert {"engine_indexes", "stat_loggers"} <= set(StatLoggerManager.__init__.__code__.co_names)
+    assert "per_engine_stat_loggers" in PerEngineStatLoggerAdapter.record.__code__.co_names
