@@ -10,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch clean
+.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
@@ -56,6 +56,12 @@ bench-memory: env ## memory that is not a rank's own, beside stock vLLM
 
 bench-dispatch: env ## what a request costs with Ray over what it costs without (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.bench_dispatch $(ARGS)
+
+bench-recover: env ## a rank is killed under load, beside stock vLLM (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.bench_recover $(ARGS)
+
+bench-scale: env ## 1 to 256 ranks on this machine, with stand-in engines (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.bench_scale $(ARGS)
 
 clean: ## removes everything that make made, .venv too
 	rm -rf .venv build dist dplaunch.egg-info .mypy_cache .ruff_cache .pytest_cache

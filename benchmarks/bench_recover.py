@@ -19,7 +19,7 @@ import psutil
 
 from benchmarks.common import Comparison, Settings, parser, report, run_rounds, say, settings_of
 from benchmarks.servers import SERVED_NAME, Server, dplaunch_server, stock_server
-from benchmarks.streams import Clients, Stream, judge, median_gap
+from benchmarks.streams import Clients, Death, Stream, judge, median_gap
 
 FLAGS = ("--no-enable-prefix-caching",)
 """For both sides: a prompt that was asked before must not be cheaper to take over."""
@@ -153,16 +153,27 @@ async def measure_dplaunch(server: Server, amount: Amount, rank: int) -> Mapping
     for stream in streams:
         if stream.error:
             say(f"  prompt {stream.prompt}, sent {stream.began - killed:+.1f} s from the kill: {stream.error}")
+    return dplaunch_samples(death, back - killed, alone)
+
+
+def dplaunch_samples(death: Death, back_s: float, alone_s: float) -> Mapping[str, float]:
+    """The samples of a round.
+
+    Args:
+        death: what the clients saw.
+        back_s: seconds from the kill until the rank answered again.
+        alone_s: the median between two tokens with the whole load on one of the ranks, seconds.
+    """
     return {
         "dplaunch failed": 100 * death.failed / death.in_flight,
         "dplaunch in flight": death.in_flight,
         "dplaunch later": death.failed_later,
         "dplaunch texts": death.compared,
         "dplaunch differ": death.differ,
-        "dplaunch back": back - killed,
+        "dplaunch back": back_s,
         "dplaunch pause": death.pause_s,
         "dplaunch before": 1e3 * death.before_s,
-        "dplaunch alone": 1e3 * alone,
+        "dplaunch alone": 1e3 * alone_s,
         "dplaunch during": 1e3 * death.during_s,
     }
 

@@ -166,7 +166,7 @@ def report(
         base, ours = (statistics.median(samples[key]) for key in (line.base, line.ours))
         ratio = f"{line.ratio(samples):.3f}"
         rows.append((f"{line.title} ({line.unit})", f"{base:.1f}", f"{ours:.1f}", ratio, line.verdict(samples)))
-    _print_table(rows)
+    print_table(rows)
     ratios = {line.title: round(line.ratio(samples), 4) for line in comparisons}
     result = {
         "benchmark": benchmark,
@@ -180,7 +180,8 @@ def report(
     print(json.dumps(result), flush=True)
 
 
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows of cells: the first column to the left, the others to the right."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
