@@ -18,10 +18,12 @@ from dplaunch.link import RankLink
 from dplaunch.migrate import EngineTraits
 from dplaunch.requests import Codec, Requests
 from dplaunch.seam import wire
+from dplaunch.seam.rank import PING
+from dplaunch.settle import Settling
 from dplaunch.spec import RequestPolicy
 
 SETTLE_S = 0.1
-"""Seconds between a rank's death and the move of its requests: of ranks that die together, all are seen by then."""
+"""Seconds from a rank's death until the others are asked whether they live: deaths by then are settled together."""
 
 
 class GroupClient:
@@ -32,8 +34,8 @@ class GroupClient:
         on_engine_error: called with a rank whose engine says that it is dead, before its process ends.
         policy: how many requests there may be, and how many dying ranks each may have been on.
         emit: told what became of the requests of ranks that died.
-        settle_s: seconds between a rank's death and the move of its requests, so that of ranks that die together
-            none gets the others' requests.
+        settle_s: seconds from a rank's death until the others are asked whether they outlived it, which comes before
+            the move of its requests; 0 moves them at once.
     """
 
     def __init__(
@@ -52,12 +54,15 @@ class GroupClient:
         self._codec = codec
         self._on_engine_error = on_engine_error
         self._calls = Calls(codec.encode)
+        self._settling = Settling(
+            settle_s, lambda: self._dispatch.links.values(), lambda link: self.call_link(link, PING)
+        )
         self._requests = Requests(
             codec,
             self.outputs,
             policy=policy or RequestPolicy(),
             emit=emit,
-            settle_s=settle_s,
+            settle=self._settling.begin if settle_s else None,
             is_called=lambda link: self._calls.count(link) > 0,
         )
         self._dispatch = self._requests.dispatch
@@ -101,6 +106,7 @@ class GroupClient:
             return  # The first failure is the root cause.
         self.dead = error
         self._rank_up.set()  # Calls that wait for a rank end too.
+        self._settling.give_up()
         self._requests.clear()
         self._calls.fail(error)
         self.outputs.put_nowait(error)

@@ -42,7 +42,7 @@ class Requests:
         outputs: gets a `Failed` for each request that ends with an error.
         policy: how many there may be, and how many dying ranks each may have been on.
         emit: told what became of the requests of ranks that died.
-        settle_s: seconds between a rank's death and the move of its requests.
+        settle: called at a rank's death; its requests move when the task is done. None moves them at once.
         is_called: whether a utility call is under way on a link.
     """
 
@@ -53,7 +53,7 @@ class Requests:
         *,
         policy: RequestPolicy,
         emit: Listener,
-        settle_s: float,
+        settle: Callable[[], asyncio.Task[None]] | None,
         is_called: Callable[[RankLink], bool],
     ) -> None:
         self.counters = Counters()
@@ -62,7 +62,7 @@ class Requests:
         self._codec = codec
         self._outputs = outputs
         self._policy = policy
-        self._settle_s = settle_s
+        self._settle = settle
         self._is_called = is_called
         self._in_flight: dict[str, InFlight] = {}
         self._broken: set[str] = set()  # sessions that were lost while more of their input was to come
@@ -148,10 +148,15 @@ class Requests:
             error = poisoned(entry)
             self._tell.poisoned(entry, error)
             self._fail(entry, error)
-        if self._settle_s:
-            asyncio.get_running_loop().call_later(self._settle_s, self._move, entries, death, len(guilty))
-        else:
+        if self._settle is None:
             self._move(entries, death, len(guilty))
+            return
+
+        def settled(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                self._move(entries, death, len(guilty))
+
+        self._settle().add_done_callback(settled)
 
     def clear(self) -> None:
         """The group is dead: all are lost."""

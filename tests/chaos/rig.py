@@ -24,7 +24,7 @@ POISON = 2
 MANY = 600
 """More incarnations than any run needs."""
 
-WHOLE_S = 90.0
+WHOLE_S = 240.0
 """Seconds for all ranks to be back; a new zygote imports vLLM first, on a machine that does other things too."""
 
 DEADLY = Fault(when=When.REQUEST, nth=0, poison_token=POISON, returncode=-signal.SIGSEGV, grandchild=True)
@@ -57,7 +57,7 @@ def _deadly(**more: Any) -> Fault:
 
 def chaos_spec(directory: Path, backend: str, dp: int = RANKS, **options: Any) -> LaunchSpec:
     """A group that is put through everything: restarts are never used up, and a hung rank is found soon."""
-    plan = options.pop("plan", None) or StandInPlan(default=DEADLY, faults=faults(), token_delay_s=0.03)
+    plan = options.pop("plan", None) or StandInPlan(default=DEADLY, faults=faults(), token_delay_s=0.02)
     asked: dict[str, Any] = {
         "restart": RestartPolicy(limit=MANY, window_s=3.0, backoff_s=0.02, jitter=0.25),
         "probe": ProbePolicy(interval_s=0.5, timeout_s=3.0),

@@ -146,7 +146,7 @@ TABLE = (
         when="at its restarts",
         seen="It is tried again, with a growing wait, up to `--max-restarts` in `--restart-window`.",
         kept=ALL_KEPT,
-        words=("rank 3 could not be started again", "exit code 7", "exit code 8", "rank 3 is back"),
+        words=("rank 3 died while starting", "exit code 7", "exit code 8", "rank 3 is back"),
         act=acts.kill_the_unlucky_one,
     ),
     Row(
