@@ -19,6 +19,9 @@ from dplaunch.testing import expected_tokens, poll_until_async
 FLOW_S = 60.0
 """Seconds for further answers, on a machine that is busy with other tests."""
 
+RETRY_S = 0.2
+"""Seconds until a stream that failed is followed by another."""
+
 
 class End(enum.StrEnum):
     """What became of a request that was accepted; each has exactly one."""
@@ -186,7 +189,11 @@ class Load:
 
     async def _run(self) -> None:
         while not self._over:
+            failed = self.tally.ends[End.FAILED]
             await follow(self._group, self._next_ask(), f"load-{next(self._numbers)}", self.tally)
+            if self.tally.ends[End.FAILED] > failed:
+                # As a client does. A group that fails all at once would leave the loop no time for anything else.
+                await asyncio.sleep(RETRY_S)
 
     async def flows(self, answers: int = 12) -> None:
         """Returns when so many further answers have come."""
