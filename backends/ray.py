@@ -76,9 +76,10 @@ class RayBackend:
         if not more and address is None and not cluster.is_connected():
             return await self._alone(spec)
         await self._attachment.attach(address, self._size)
-        await self._look(options.nodes, survey.model_paths(spec), whole=bool(options.placement_groups))
+        looked = await self._look(options.nodes, survey.model_paths(spec), whole=bool(options.placement_groups))
         placed = await self._placed(spec, more) if options.placement_groups else None
-        found = tuple(each.node for each in self._nodes.values())
+        # Of a group that runs, nodes are known that are lost by now.
+        found = tuple(each.node for each in looked)
         if not found:
             raise BackendError("the Ray cluster has no node that is alive", hint="See `ray status`.")
         return Inventory(nodes=found, placed=placed, scheduler=SCHEDULER, share=options.num_gpus)

@@ -270,13 +270,12 @@ async def test_a_request_that_is_pinned_to_a_rank_that_leaves_fails_by_name(laun
         await pinned
 
 
-@pytest.mark.parametrize(
-    ("dp", "words"), [(0, "1 or more, not 0"), (1, "at least 2 are needed"), (True, "whole number")]
-)
-async def test_sizes_that_cannot_be_are_refused(launch: Launch, dp: Any, words: str) -> None:
+async def test_sizes_and_ranks_that_cannot_be_are_refused(launch: Launch) -> None:
     group = (await launch(dp=2, min_ranks=2)).group
-    with pytest.raises(UsageError, match=words):
-        await group.scale(dp)
+    sizes: dict[Any, str] = {0: "1 or more, not 0", 1: "at least 2 are needed", 2.5: "whole number"}
+    for dp, words in sizes.items():
+        with pytest.raises(UsageError, match=words):
+            await group.scale(dp)
     with pytest.raises(UsageError, match="there is no rank 5"):
         await group.restart([5])
     assert group.client.ranks == [0, 1]
