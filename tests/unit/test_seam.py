@@ -117,6 +117,7 @@ SIGNATURES: Mapping[str, str] = {
         "reasoning_parser_kwargs="
     ),
     "vllm.v1.engine.async_llm:AsyncLLM.abort": "self, request_id, internal=",
+    "vllm.v1.engine.async_llm:AsyncLLM.check_health": "self",
 }
 """What we call or override, as "module:name", with its parameters; a trailing = means that there is a default."""
 
