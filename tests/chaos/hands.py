@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from dplaunch.errors import DplaunchError
+from dplaunch.errors import DplaunchError, RankFailedError
 from dplaunch.testing import When
 from tests.chaos.load import Ask, End, Load, Tally, ask, follow
 from tests.chaos.rig import POISON, Rig
@@ -126,11 +126,13 @@ class Hands:
         await self._rig.group.scale(self._source.randrange(FEWEST, MOST + 1), self._drain_s())
 
     async def roll(self) -> None:
-        """Every rank is restarted on request, one after the other."""
-        await self._rig.group.restart(rolling=True, drain_s=self._drain_s())
+        """Every rank is restarted on request, one after the other; it ends at the first that fails to start."""
+        with contextlib.suppress(RankFailedError):
+            await self._rig.group.restart(rolling=True, drain_s=self._drain_s())
 
     async def restart_one(self) -> None:
-        await self._rig.group.restart([self._one()], drain_s=self._drain_s())
+        with contextlib.suppress(RankFailedError):
+            await self._rig.group.restart([self._one()], drain_s=self._drain_s())
 
     async def scale_under_fire(self) -> None:
         """A rank dies while their number changes: the change may fail, the group may not."""

@@ -187,11 +187,11 @@ TABLE = (
     ),
     Row(
         name="roll",
-        fault="`dplaunch restart --all --rolling`, on request",
+        fault="ranks restarted one after the other (`dplaunch restart --rolling`), on request",
         when="serving",
         seen="One rank after the other is drained and restarted.",
         kept=ALL_KEPT,
-        words=tuple(f"rank {rank} is back" for rank in range(4)),
+        words=("rank 0 is asked to stop: restarted on request", "rank 2 is asked to stop: restarted on request"),
         act=acts.roll,
     ),
     Row(
