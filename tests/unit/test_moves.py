@@ -1,4 +1,4 @@
-"""Requests whose rank died: what the next rank is sent, what of its answers comes through, whom a death is blamed on."""
+"""Requests whose rank died: what the next rank is sent, what comes back of it, and whom a death is blamed on."""
 
 from __future__ import annotations
 
