@@ -16,9 +16,9 @@ def a_rank_in(state: RankState | None) -> Rank:
     return Rank(cast(RankSpec, None), Identity("base", 5), state)
 
 
-def test_every_state_has_its_legal_successors_and_stopped_is_the_end() -> None:
+def test_every_state_has_its_legal_successors_and_what_stopped_serves_again_only_after_a_start() -> None:
     assert set(LEGAL) == {None, *RankState}
-    assert LEGAL[RankState.STOPPED] == set()
+    assert RankState.READY not in LEGAL[RankState.STOPPED]
 
 
 def test_no_rank_takes_an_illegal_step() -> None:

@@ -352,7 +352,8 @@ async def test_a_rank_whose_engine_says_that_it_is_dead_leaves_at_once_and_may_e
     rig.handles[1].end(Exit(code=1))
     await poll_until_async(lambda: rig.supervisor.ready_count == 2)
     (down,) = [event.message for event in rig.events if event.state is RankState.DOWN]
-    assert "rank 1 died while serving: exit code 1: RuntimeError: CUDA error: device-side assert triggered; log: " in down
+    words = "rank 1 died while serving: exit code 1: RuntimeError: CUDA error: device-side assert triggered; log: "
+    assert words in down
 
 
 async def test_a_rank_whose_engine_is_dead_and_that_does_not_end_is_killed(
