@@ -9,13 +9,13 @@ import dplaunch
 from dplaunch.testing import poll_until
 from tests.real.conftest import ENGINE_ARGS, START_S
 
-PROMPTS = [f"Count from {first} to twenty in words:" for first in range(1, 13)]
+PROMPTS = [f"Count from {first} to twenty in words:" for first in range(1, 9)]
 
 
 def greedy() -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    return SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
 def test_a_group_grows_and_shrinks_under_load_and_its_greedy_answers_are_the_same(smollm: str) -> None:
