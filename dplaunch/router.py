@@ -59,10 +59,6 @@ class Router:
         """One request fewer is in flight on the rank."""
         self._change(rank, self._load[rank] - 1)
 
-    def reset(self, rank: int) -> None:
-        """Nothing is in flight on the rank: its process is gone."""
-        self._change(rank, 0)
-
     def _change(self, rank: int, load: int) -> None:
         if rank not in self._open:
             self._load[rank] = load
