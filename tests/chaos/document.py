@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.chaos.table import TABLE, Row
+from tests.chaos.row import Row
+from tests.chaos.table import TABLE
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 

@@ -6,43 +6,16 @@ docs/reliability.md is made of this one (`python -m tests.chaos.document`).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-
 from tests.chaos import acts
-from tests.chaos.rig import Rig
-
-BOTH = ("mp", "ray")
+from tests.chaos.row import Row
 
 GOES_ON = "Its requests go on elsewhere from the tokens that they have; a stream pauses. The rank is replaced."
 ALL_KEPT = "every request, every token"
 
+KILLED, BACK = "rank 1 died while serving: SIGKILL(-9)", "rank 1 is back"
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One thing that goes wrong.
-
-    Args:
-        name: a word or two, for the test's id.
-        fault: what is done.
-        when: in which situation.
-        seen: what the user sees.
-        kept: what is not lost.
-        words: found in the messages of the events, or of the error.
-        backends: where it is run.
-        act: does it to a group of stand-ins under load; None where `test` is the whole row.
-        test: the test that is this row, or that runs it in another way too: with real engines, as a command.
-    """
-
-    name: str
-    fault: str
-    when: str
-    seen: str
-    kept: str
-    words: tuple[str, ...] = ()
-    backends: tuple[str, ...] = BOTH
-    act: Callable[[Rig], Awaitable[None]] | None = None
-    test: str = ""
+ABUSE, OWN = "tests/chaos/test_abuse.py", "tests/chaos/test_own_groups.py"
+DEATHS = "tests/real/test_signals_and_deaths.py"
 
 
 TABLE = (
@@ -52,7 +25,7 @@ TABLE = (
         when="serving",
         seen=GOES_ON,
         kept=ALL_KEPT,
-        words=("rank 1 died while serving: SIGKILL(-9)", "rank 1 is back"),
+        words=(KILLED, BACK),
         act=acts.kill,
         test="tests/chaos/test_real.py::test_a_killed_rank",
     ),
@@ -62,7 +35,7 @@ TABLE = (
         when="serving",
         seen=GOES_ON,
         kept=ALL_KEPT,
-        words=("rank 1 died while serving: SIGSEGV(-11)", "rank 1 is back"),
+        words=("rank 1 died while serving: SIGSEGV(-11)", BACK),
         act=acts.segfault,
     ),
     Row(
@@ -71,7 +44,7 @@ TABLE = (
         when="serving",
         seen="The engine ends in order and aborts its requests; they go on elsewhere. The rank is replaced.",
         kept=ALL_KEPT,
-        words=("rank 1 died while serving: exit code 0", "rank 1 is back"),
+        words=("rank 1 died while serving: exit code 0", BACK),
         act=acts.terminate,
         test="tests/chaos/test_real.py::test_a_rank_that_is_asked_to_end_by_somebody_else",
     ),
@@ -81,7 +54,7 @@ TABLE = (
         when="serving",
         seen="Found by the probe at its deadline (`--probe-timeout`), ended, then as SIGKILL.",
         kept=ALL_KEPT,
-        words=("rank 1 has not answered for", "rank 1 is back"),
+        words=("rank 1 has not answered for", BACK),
         act=acts.freeze,
         test="tests/chaos/test_real.py::test_a_rank_that_stands_still",
     ),
@@ -91,7 +64,7 @@ TABLE = (
         when="serving",
         seen="As SIGSTOP: the probe is answered by the loop itself.",
         kept=ALL_KEPT,
-        words=("rank 1 has not answered for", "rank 1 is back"),
+        words=("rank 1 has not answered for", BACK),
         act=acts.get_stuck,
     ),
     Row(
@@ -100,7 +73,7 @@ TABLE = (
         when="at a request",
         seen=GOES_ON,
         kept=ALL_KEPT,
-        words=("rank 1 died while serving: exit code 1", "rank 1 is back"),
+        words=("rank 1 died while serving: exit code 1", BACK),
         act=acts.raise_error,
     ),
     Row(
@@ -109,7 +82,7 @@ TABLE = (
         when="serving",
         seen="The engine ends by an error, then as SIGKILL of the rank.",
         kept=ALL_KEPT,
-        words=("rank 1 died while serving", "rank 1 is back"),
+        words=("rank 1 died while serving", BACK),
         act=acts.kill_worker,
         test="tests/chaos/test_real.py::test_a_killed_worker",
     ),
@@ -119,7 +92,7 @@ TABLE = (
         when="at a request",
         seen=GOES_ON,
         kept=ALL_KEPT,
-        words=("rank 1 died while serving: exit code 3", "rank 1 is back"),
+        words=("rank 1 died while serving: exit code 3", BACK),
         act=acts.die_at_next_request,
     ),
     Row(
@@ -128,7 +101,7 @@ TABLE = (
         when="at a request",
         seen=GOES_ON,
         kept=ALL_KEPT,
-        words=("rank 1 died while serving: SIGABRT(-6)", "rank 1 is back"),
+        words=("rank 1 died while serving: SIGABRT(-6)", BACK),
         act=acts.die_in_an_answer,
     ),
     Row(
@@ -155,7 +128,7 @@ TABLE = (
         when="serving",
         seen=GOES_ON,
         kept=ALL_KEPT,
-        words=("rank 0 died while serving", "rank 1 died while serving", "rank 0 is back", "rank 1 is back"),
+        words=("rank 0 died while serving", "rank 1 died while serving", "rank 0 is back", BACK),
         act=acts.kill_two,
     ),
     Row(
@@ -198,9 +171,9 @@ TABLE = (
         name="zygote",
         fault="SIGKILL of the zygote, then of a rank",
         when="serving",
-        seen="Serving goes on. The next spawn starts a new zygote first, which takes as long as importing vLLM.",
+        seen="Serving goes on. The next spawn starts a new zygote first, which imports vLLM.",
         kept=ALL_KEPT,
-        words=("rank 1 died while serving: SIGKILL(-9)", "rank 1 is back"),
+        words=("rank 1 died while serving", BACK),
         act=acts.kill_zygote,
     ),
     Row(
@@ -217,8 +190,7 @@ TABLE = (
         when="serving",
         seen="It is given up after `--max-restarts`; the group goes on without it and says so.",
         kept=ALL_KEPT,
-        test="tests/chaos/test_own_groups.py::"
-        "test_a_rank_that_dies_at_every_request_is_given_up_and_the_others_answer_all",
+        test=f"{OWN}::test_a_rank_that_dies_at_every_request_is_given_up_and_the_others_answer_all",
     ),
     Row(
         name="too few left",
@@ -243,8 +215,7 @@ TABLE = (
         seen="Every rank and every worker is gone within seconds, device memory with them.",
         kept="no process is left; the next launch removes the sockets",
         backends=("mp",),
-        test="tests/real/test_signals_and_deaths.py::"
-        "test_all_is_gone_soon_after_the_launcher_was_killed_workers_and_stopped_ranks_too",
+        test=f"{DEATHS}::test_all_is_gone_soon_after_the_launcher_was_killed_workers_and_stopped_ranks_too",
     ),
     Row(
         name="launcher on Ray",

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.document import PAGE, with_table
-from tests.chaos.table import TABLE, Row
+from tests.chaos.row import Row
+from tests.chaos.table import TABLE
 
 ROOT = Path(__file__).parents[2]
 

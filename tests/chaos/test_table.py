@@ -9,7 +9,8 @@ import pytest
 
 from tests.chaos.load import Ask, End, Load, ask
 from tests.chaos.rig import Rig
-from tests.chaos.table import TABLE, Row
+from tests.chaos.row import Row
+from tests.chaos.table import TABLE
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
