@@ -11,7 +11,7 @@ import pytest_asyncio
 from tests.chaos.rig import Rig, chaos_spec
 from tests.conftest import shared_pids
 from tests.contract.conftest import vllm_imported
-from tests.leaks import Snapshot, leaks_since
+from tests.leaks import Snapshot, left_of_a_shared_group
 
 __all__ = ["vllm_imported"]
 
@@ -33,5 +33,5 @@ async def rig(
         yield rig
     finally:
         await rig.group.close()
-    if left := leaks_since(before, shared_pids):
+    if left := left_of_a_shared_group(before, shared_pids):
         pytest.fail("left behind by the group:\n  " + "\n  ".join(left), pytrace=False)

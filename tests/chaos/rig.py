@@ -63,6 +63,7 @@ def chaos_spec(directory: Path, backend: str, dp: int = RANKS, **options: Any) -
         "probe": ProbePolicy(interval_s=0.5, timeout_s=3.0),
         "requests": RequestPolicy(poison_file=directory / "poison.txt"),
         "base_id": "chaos",
+        "start_timeout_s": WHOLE_S,
     }
     return group_spec(directory, backend, plan, dp, **(asked | options))
 

@@ -17,7 +17,7 @@ from dplaunch.control_wire import SOCKET_NAME
 from dplaunch.testing import expected_tokens
 from tests.chaos.served import MAX_QUEUE, Served, body, served, token_ids
 from tests.conftest import shared_pids
-from tests.leaks import Snapshot, leaks_since
+from tests.leaks import Snapshot, left_of_a_shared_group
 from tests.real.families import socket_dirs
 
 pytestmark = [
@@ -37,7 +37,7 @@ async def server(vllm_imported: None, tmp_path_factory: pytest.TempPathFactory) 
     before = Snapshot.take()
     async with served(str(demo.demo_model().path), tmp_path_factory.mktemp("served")) as server:
         yield server
-    if left := leaks_since(before, shared_pids):
+    if left := left_of_a_shared_group(before, shared_pids):
         pytest.fail("left behind by the server:\n  " + "\n  ".join(left), pytrace=False)
 
 

@@ -13,7 +13,7 @@ from tests.chaos.engines import Options, real_engines
 from tests.chaos.load import End, Load
 from tests.chaos.rig import Rig
 from tests.conftest import shared_pids
-from tests.leaks import Snapshot, leaks_since
+from tests.leaks import Snapshot, left_of_a_shared_group
 
 pytestmark = [
     pytest.mark.real,
@@ -52,7 +52,7 @@ async def harmed(vllm_imported: None, tmp_path_factory: pytest.TempPathFactory) 
         yield harm
     finally:
         await rig.group.close()
-    if left := leaks_since(before, shared_pids):
+    if left := left_of_a_shared_group(before, shared_pids):
         pytest.fail("left behind by the group:\n  " + "\n  ".join(left), pytrace=False)
 
 
