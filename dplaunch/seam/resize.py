@@ -123,6 +123,12 @@ def _drop_series(engines: Collection[str]) -> None:
 
 def _tell_config(logger: Any) -> None:
     """Shows the cache's size anew: its series have the numbers for labels."""
-    if (shown := _metrics().get("vllm:cache_config_info")) is not None:
+    from prometheus_client import REGISTRY
+
+    name = "vllm:cache_config_info"
+    if (shown := _metrics().get(name)) is not None:
         shown.clear()
+        REGISTRY.unregister(shown)  # a logger as vLLM made it registers another
     logger.log_engine_initialized()
+    if shown is not None and name not in _metrics():
+        REGISTRY.register(shown)
