@@ -53,7 +53,6 @@ class Served:
             with contextlib.suppress(ConnectionError):
                 writer.write(data)
                 await writer.drain()
-                writer.write_eof()
             answer = b""
             with contextlib.suppress(ConnectionError):
                 answer = await asyncio.wait_for(reader.read(), ANSWER_S)

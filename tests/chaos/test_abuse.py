@@ -136,13 +136,13 @@ async def test_clients_that_go_away_free_their_slots(server: Served) -> None:
 
 async def test_beyond_the_queue_new_requests_are_refused_and_those_in_it_are_answered(server: Served) -> None:
     prompts = [[30 + number] for number in range(4 * MAX_QUEUE)]
-    answers = await asyncio.gather(*(server.complete(prompt, 60) for prompt in prompts))
+    answers = await asyncio.gather(*(server.complete(prompt, 400) for prompt in prompts))
     served_ = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.status_code == 200]
     refused = [answer for answer in answers if answer.status_code != 200]
     assert len(served_) >= MAX_QUEUE
     assert refused
     for prompt, answer in served_:
-        assert token_ids(answer) == expected_tokens(prompt, 60)
+        assert token_ids(answer) == expected_tokens(prompt, 400)
     for answer in refused:
         assert answer.status_code == 503, answer.text
         assert int(answer.headers["Retry-After"]) >= 1
@@ -155,7 +155,7 @@ async def test_garbage_and_a_thousand_connections_at_the_control_socket_harm_nob
 
     async def abuse() -> None:
         for garbage in (b"", b"\n", b"\0" * 1000, b"{" * 10_000 + b"\n", b'{"v": 1, "verb": 7}\n', os.urandom(200_000)):
-            assert b"error" in await _say(path, garbage) or not garbage
+            assert b'"result"' not in await _say(path, garbage)
         held = [await _connect(path) for _ in range(CONNECTIONS)]
         assert await server.is_exact([11], 20)
         for connection in held:

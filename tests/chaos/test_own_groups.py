@@ -82,6 +82,7 @@ async def test_a_full_log_disk_costs_log_lines_and_nothing_else(
     )
     source = asks(2)
     async with rig.group, Load(rig.group, lambda: next(source), streams=6) as load:
+        await load.flows()
         with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
             while filler.write(b"x" * 4096):
                 pass
