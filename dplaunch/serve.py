@@ -20,6 +20,7 @@ from dplaunch.errors import AddressError, DplaunchError, ExitCode, GroupClosedEr
 from dplaunch.events import Event, Kind, Listener
 from dplaunch.group import AsyncGroup
 from dplaunch.health import add_ready_route
+from dplaunch.limits import allow_open_files
 from dplaunch.progress import ReportKind, make_reporter
 from dplaunch.seam import server
 from dplaunch.spec import LaunchSpec
@@ -38,6 +39,7 @@ def serve(spec: LaunchSpec, ui: UiOptions) -> ExitCode:
     Raises:
         DplaunchError: when the group cannot be started, or when it died.
     """
+    allow_open_files()
     spec = dataclasses.replace(spec, log_stats=not scan(spec.vllm_argv).get("disable_log_stats", False))
     with (
         contextlib.closing(_bind(ui.host, ui.port)) as listener,

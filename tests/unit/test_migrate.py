@@ -214,9 +214,7 @@ def test_where_two_answers_cannot_be_put_together_nothing_that_has_begun_moves()
 # What is not known is not safe.
 
 
-def test_every_field_of_vllms_sampling_params_is_known_to_be_safe_or_keeps_a_request_from_being_continued() -> (
-    None
-):
+def test_every_field_of_vllms_sampling_params_is_known_to_be_safe_or_keeps_a_request_from_being_continued() -> None:
     from vllm import SamplingParams
 
     unknown = set(SamplingParams.__struct_fields__) - SAFE
