@@ -201,6 +201,32 @@ class GroupClient:
         asked = [links[number] for number in (sorted(links) if rank is None else [rank])]
         return list(await asyncio.gather(*(self.call_link(link, method, *args) for link in asked)))
 
+    async def call_for_one(self, method: str, *args: Any) -> Any:
+        """Calls a method on all ranks for one result: that of the first of them, in rank order, that outlives the call.
+
+        A rank that dies meanwhile is replaced by one that never had the call; where that matters, use `call`.
+
+        Raises:
+            GroupDeadError: when no rank is left that will come back.
+            RuntimeError: when the method fails in a rank.
+        """
+        while True:
+            while not self._dispatch.links and self.dead is None:
+                await self._rank_up.wait()
+            if self.dead is not None:
+                raise self.dead
+            links = [self._dispatch.links[rank] for rank in sorted(self._dispatch.links)]
+            calls = (self.call_link(link, method, *args) for link in links)
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            answers = [result for result in results if not isinstance(result, GroupDeadError)]
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+            if answers:
+                return answers[0]
+            # All that were asked have died: the next one that is up is asked.
+            await asyncio.sleep(0)
+
     async def call_link(self, link: RankLink, method: str, *args: Any) -> Any:
         """Calls a utility method over one link, up or not yet: the last proof that a starting rank works.
 

@@ -149,12 +149,12 @@ class Requests:
             self._tell.poisoned(entry, error)
             self._fail(entry, error)
         if self._settle is None:
-            self._move(entries, death, len(guilty))
+            self._move(entries, death, len(guilty), blame)
             return
 
         def settled(task: asyncio.Task[None]) -> None:
             if not task.cancelled():
-                self._move(entries, death, len(guilty))
+                self._move(entries, death, len(guilty), blame)
 
         self._settle().add_done_callback(settled)
 
@@ -181,7 +181,7 @@ class Requests:
             self._broken.add(entry.request_id)
         self._outputs.put_nowait(Failed(entry.request_id, error))
 
-    def _move(self, entries: Sequence[InFlight], death: Death, poisoned: int) -> None:
+    def _move(self, entries: Sequence[InFlight], death: Death, poisoned: int, blame: bool) -> None:
         """Sends on what a dead rank had, as far as it is still wanted."""
         left = [entry for entry in entries if self._in_flight.get(entry.request_id) is entry]
         decisions = {}
@@ -198,7 +198,7 @@ class Requests:
             self.counters.replayed += decision.move is not Move.CONTINUE
             if decision.move is not Move.REPLAY:
                 entry.second = SecondRun(entry.tokens, continues=decision.move is Move.CONTINUE)
-        self._tell.died(death, decisions, poisoned)
+        self._tell.moved(death, decisions, poisoned, blame)
         for entry in left:
             if decisions[entry.request_id].move is not Move.FAIL:
                 self.dispatch.send(entry)

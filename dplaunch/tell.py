@@ -29,8 +29,15 @@ class Teller:
         self._poison_file = poison_file
         self._told_refused = (float("-inf"), 0)
 
-    def died(self, death: Death, decisions: Mapping[str, Decision], poisoned: int) -> None:
-        """A rank died, and this becomes of the requests that it had."""
+    def moved(self, death: Death, decisions: Mapping[str, Decision], poisoned: int, blame: bool) -> None:
+        """A rank is gone, and this becomes of the requests that it had.
+
+        Args:
+            death: which rank, and how it ended.
+            decisions: what becomes of each.
+            poisoned: how many more failed by name.
+            blame: whether it died; else it ended on request, or for others' sake.
+        """
         counts = {move: sum(decision.move is move for decision in decisions.values()) for move in Move}
         lost = {request_id: one.reason for request_id, one in decisions.items() if one.move is Move.FAIL}
         total = len(decisions) + poisoned
@@ -43,7 +50,7 @@ class Teller:
             _phrase(poisoned, "was on too many dying ranks", "were on too many dying ranks"),
             _phrase(len(lost), "was lost", "were lost"),
         ]
-        words = f"rank {death.rank} died with {_requests(total)}: {', '.join(filter(None, parts))}"
+        words = f"rank {death.rank} {'died' if blame else 'ended'} with {_requests(total)}: {', '.join(filter(None, parts))}"
         data = {"total": total, "poisoned": poisoned, **{move.name.lower(): count for move, count in counts.items()}}
         self._tell(words, Kind.MOVED, Level.WARNING if lost or poisoned else Level.INFO, death, data)
         if lost:

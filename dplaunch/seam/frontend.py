@@ -220,7 +220,7 @@ def _adapter_class() -> type[Any]:
             return await self.group_client.call(method, *args)
 
         async def call_utility_async(self, method: str, *args: Any) -> Any:
-            return (await self.group_client.call(method, *args))[0]
+            return await self.group_client.call_for_one(method, *args)
 
         def dp_engines_running(self) -> bool:
             return self.group_client.unfinished > 0
