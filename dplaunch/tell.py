@@ -50,7 +50,8 @@ class Teller:
             _phrase(poisoned, "was on too many dying ranks", "were on too many dying ranks"),
             _phrase(len(lost), "was lost", "were lost"),
         ]
-        words = f"rank {death.rank} {'died' if blame else 'ended'} with {_requests(total)}: {', '.join(filter(None, parts))}"
+        end = "died" if blame else "ended"
+        words = f"rank {death.rank} {end} with {_requests(total)}: {', '.join(filter(None, parts))}"
         data = {"total": total, "poisoned": poisoned, **{move.name.lower(): count for move, count in counts.items()}}
         self._tell(words, Kind.MOVED, Level.WARNING if lost or poisoned else Level.INFO, death, data)
         if lost:

@@ -33,7 +33,10 @@ PROMPTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """One run; `minutes` is for the harm, without start and end."""
+    """One run; `minutes` is for the harm, without start and end.
+
+    With `workers`, each of vLLM's engines has a worker process, which imports vLLM anew at every restart.
+    """
 
     seed: int
     minutes: float = 10.0
@@ -41,6 +44,7 @@ class Options:
     ranks: int = 6
     streams: int = 24
     real: bool = False
+    workers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ def standin_engines(options: Options, directory: Path) -> Engines:
 
 
 async def real_engines(options: Options, directory: Path) -> Engines:
-    """vLLM's own, with a worker process each; the undisturbed answers are asked of them first."""
+    """vLLM's own; the undisturbed answers are asked of them first."""
     from dplaunch import demo
     from tests.real.conftest import ENGINE_ARGS
 
@@ -92,7 +96,7 @@ async def real_engines(options: Options, directory: Path) -> Engines:
         dp=options.ranks,
         backend=options.backend,
         engine_args=ENGINE_ARGS,
-        executor=ExecutorKind.MP,
+        executor=ExecutorKind.MP if options.workers else ExecutorKind.UNI,
         log_dir=directory / "logs",
         restart=RestartPolicy(limit=MANY, window_s=3.0, backoff_s=0.05),
         probe=ProbePolicy(interval_s=1.0, timeout_s=15.0),

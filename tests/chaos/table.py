@@ -84,7 +84,6 @@ TABLE = (
         kept=ALL_KEPT,
         words=("rank 1 died while serving", BACK),
         act=acts.kill_worker,
-        test="tests/chaos/test_real.py::test_a_killed_worker",
     ),
     Row(
         name="first request",

@@ -72,10 +72,6 @@ async def test_a_rank_that_stands_still(harmed: Harm) -> None:
     assert "rank 1 has not answered for" in await harmed(acts.freeze)
 
 
-async def test_a_killed_worker(harmed: Harm) -> None:
-    assert "rank 1 died while serving" in await harmed(acts.kill_worker)
-
-
 async def test_all_ranks_at_once(harmed: Harm) -> None:
     said = await harmed(acts.kill_all)
     assert "rank 0 is back" in said
