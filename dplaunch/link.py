@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from dplaunch.channel import CHANNEL_IDENTITY
+from dplaunch.channel import CHANNEL_IDENTITY, COMPILING
 from dplaunch.seam import wire
 
 MESSAGES_PER_TURN = 64
@@ -135,6 +135,7 @@ class RankLink:
         message = msgspec.msgpack.decode(payload)
         match message["status"]:
             case "PHASE" if identity == CHANNEL_IDENTITY:
+                self.compiling = message["phase"] == COMPILING
                 self._on_phase(message["phase"])
             case "FAILED" if identity == CHANNEL_IDENTITY:
                 self.failure = Failure(message["type"], message["message"])

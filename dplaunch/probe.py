@@ -110,8 +110,8 @@ class Prober:
         if watch.asked is None or heard > watch.asked:
             watch.asked = None
             self._ask_if_silent(watch, heard, now)
-        elif self._client.calls(watch.link) or now - watch.due > STANDSTILL_S:
-            # It is busy with a call that may take long, as loading weights does, or it was the launcher that slept.
+        elif self._client.calls(watch.link) or watch.link.compiling or now - watch.due > STANDSTILL_S:
+            # It is busy with what may take long, as loading weights does, or it was the launcher that slept.
             watch.asked = now
             self._look_at(watch, now + self._policy.timeout_s)
         else:

@@ -66,14 +66,33 @@ def forget(output_processor: Any, request_ids: Iterable[str]) -> None:
 
 
 def register(app: Any) -> None:
-    """Has the server tell clients when to try again."""
+    """Has the server answer a request's error with its status, and tell clients when to try again."""
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
     async def answer(request: Any, error: Any) -> Any:
         from starlette.responses import JSONResponse
 
-        status = int(error.http_status)
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.retryable else {}
-        return JSONResponse(create_error_response(error).model_dump(), status_code=status, headers=headers)
+        return JSONResponse(create_error_response(error).model_dump(), status_code=int(error.http_status))
 
     app.add_exception_handler(failure_class(), answer)
+    # Most of vLLM's routes catch what is raised, and answer by themselves.
+    app.add_middleware(RetryAfter)
+
+
+class RetryAfter:
+    """Adds Retry-After to every 503 of an ASGI app that does not say it."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers one request."""
+
+        async def say(message: Any) -> None:
+            if message["type"] == "http.response.start" and message["status"] == HTTPStatus.SERVICE_UNAVAILABLE:
+                headers = message.setdefault("headers", [])
+                if not any(name.lower() == b"retry-after" for name, _ in headers):
+                    message["headers"] = [*headers, (b"retry-after", str(RETRY_AFTER_S).encode())]
+            await send(message)
+
+        await self._app(scope, receive, say)

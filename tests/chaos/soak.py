@@ -187,6 +187,7 @@ def main() -> int:
         ranks=given.ranks or (2 if given.real else 6),
         streams=given.streams or (8 if given.real else 24),
         real=given.real,
+        workers=given.real,
     )
     with tempfile.TemporaryDirectory(prefix="dplsoak") as name, _cluster(options.backend, Path(name)):
         report = asyncio.run(soak(options, Path(name)))

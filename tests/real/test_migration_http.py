@@ -9,6 +9,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from dplaunch.testing import poll_until
 from tests.real.conftest import Server
 from tests.real.families import family, titled
@@ -64,6 +66,7 @@ def total(server: Server, metric: str) -> float:
     return sum(map(float, found))
 
 
+@pytest.mark.leaves("the rank that came back, which is the server's")
 def test_streams_of_a_killed_rank_go_on_as_if_nothing_had_been(server: Server) -> None:
     undisturbed = [ask(server, number) for number in range(STREAMS)]
     counters = ("dplaunch_requests_moved_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total")

@@ -78,6 +78,7 @@ class FakeLink:
         self.failed = asyncio.Event()
         self.failure: Failure | None = None
         self.closed = False
+        self.compiling = False
         self.opened = time.monotonic()
 
     def close(self) -> None:

@@ -70,6 +70,7 @@ class FakeLink:
         self.heard_at = clock.now
         self.answers = True
         self.calls = 0
+        self.compiling = False
         self.pinged: list[float] = []
 
 
@@ -176,6 +177,17 @@ async def test_the_deadline_waits_while_a_call_of_the_users_is_under_way(clock: 
     assert not rig.hung[0].done()
     # The call has ended, and still there is no word.
     rig.links[0].calls = 0
+    await clock.advance(61)
+    assert rig.hung[0].done()
+    rig.end()
+
+
+async def test_the_deadline_waits_while_the_engine_compiles(clock: HandClock) -> None:
+    rig = Rig(clock, timeout_s=60)
+    rig.links[0].answers, rig.links[0].compiling = False, True
+    await clock.advance(3600)
+    assert not rig.hung[0].done()
+    rig.links[0].compiling = False
     await clock.advance(61)
     assert rig.hung[0].done()
     rig.end()

@@ -12,7 +12,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -573,3 +574,18 @@ def test_vllm_counts_ranks_and_their_loggers_where_we_change_their_number() -> N
     assert "self._logger_ref = [self.logger_manager]" in handler
     assert {"engine_indexes", "stat_loggers"} <= set(StatLoggerManager.__init__.__code__.co_names)
     assert "per_engine_stat_loggers" in PerEngineStatLoggerAdapter.record.__code__.co_names
+
+
+def test_a_rank_says_when_torch_compiles_something() -> None:
+    import torch
+    from torch._dynamo.callback import callback_handler
+
+    phases: list[str] = []
+    before = list(callback_handler.start_callbacks), list(callback_handler.end_callbacks)
+    rank._tell_compiling(cast(Any, SimpleNamespace(phase=phases.append)))
+    try:
+        compiled = torch.compile(lambda x: x + 1, backend="eager")
+        assert compiled(torch.zeros(1)).item() == 1.0
+        assert phases == ["compiling", "serving"]
+    finally:
+        callback_handler.start_callbacks, callback_handler.end_callbacks = before
