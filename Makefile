@@ -7,6 +7,7 @@ BACKEND ?=
 ARGS ?=
 
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --reruns 1
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
@@ -25,12 +26,12 @@ run: env ## two ranks of the built-in model on 127.0.0.1:8000 (PORT=8080, ARGS="
 	@$(BIN)/dplaunch --backend mp --dp 2 --port $(PORT) $(ARGS)
 
 test: lint types ## lint, types and all tests (ARGS="-k zygote -x")
-	@$(BIN)/python -m pytest --reruns 1 $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-without-ray: env ## what needs no engine core, with Ray uninstalled (`make env` brings it back)
 	@$(BIN)/python -m pip uninstall --quiet --yes ray
 	@rm -f $(STAMP)
-	@$(BIN)/python -m pytest -m "not real" --reruns 1 $(ARGS)
+	@$(PYTEST) -m "not real" $(ARGS)
 
 lint: env ## ruff's linter and formatter
 	@$(BIN)/ruff check .

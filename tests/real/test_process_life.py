@@ -20,6 +20,7 @@ from dplaunch.planner import plan_launch
 from dplaunch.recipes import config_request
 from dplaunch.seam.preload import exec_environment
 from dplaunch.spec import LaunchSpec
+from dplaunch.testing import Fault, StandInPlan
 from tests.real.conftest import ENGINE_ARGS, SERVER_FLAGS, START_S
 from tests.real.families import is_gone, socket_dirs
 from tests.real.standins import run_python, standin_group, standin_spec
@@ -146,16 +147,17 @@ async def test_the_async_launch_leaves_a_running_loop_to_others(smollm: str, tmp
     async def tick() -> None:
         while True:
             ticks.append(time.monotonic())
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
 
     ticking = asyncio.create_task(tick())
-    group = await open_group(standin_spec(smollm, tmp_path), progress=False, listeners=[])
+    # Long enough for others to have their turn, however quick the machine is.
+    plan = StandInPlan(default=Fault(slow_start_s=1.0))
+    group = await open_group(standin_spec(smollm, tmp_path, plan), progress=False, listeners=[])
     async with group:
         params = SamplingParams(max_tokens=4, detokenize=False)
         outputs = await group.generate([[1, 2, 3]] * 8, params)
         assert [len(output.outputs[0].token_ids) for output in outputs] == [4] * 8
     ticking.cancel()
-    # A launch that kept the loop to itself would leave room for one at its start and one at its end.
     assert len(ticks) > 10
 
 
