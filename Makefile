@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --reruns 1
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-without-ray lint types bench-launch bench-serve bench-memory bench-dispatch clean
+.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
@@ -33,6 +33,12 @@ test-without-ray: env ## what needs no engine core, with Ray uninstalled (`make 
 	@rm -f $(STAMP)
 	@$(PYTEST) -m "not real" $(ARGS)
 
+soak: env ## ten minutes of harm under load on mp and on ray, then real engines (ARGS="--seed 7 --minutes 2")
+	@$(BIN)/python -m tests.chaos.soak --backend mp $(ARGS)
+	@$(BIN)/python -m tests.chaos.soak --backend ray $(ARGS)
+	@$(BIN)/python -m tests.chaos.soak --real --minutes 3 $(ARGS)
+	@$(BIN)/python -m tests.chaos.crowd
+
 lint: env ## ruff's linter and formatter
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -51,6 +57,12 @@ bench-memory: env ## memory that is not a rank's own, beside stock vLLM
 
 bench-dispatch: env ## what a request costs with Ray over what it costs without (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.bench_dispatch $(ARGS)
+
+bench-recover: env ## a rank is killed under load, beside stock vLLM (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.bench_recover $(ARGS)
+
+bench-scale: env ## 1 to 256 ranks on this machine, with stand-in engines (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.bench_scale $(ARGS)
 
 clean: ## removes everything that make made, .venv too
 	rm -rf .venv build dist dplaunch.egg-info .mypy_cache .ruff_cache .pytest_cache

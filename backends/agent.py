@@ -95,6 +95,10 @@ class NodeAgent:
                 return b""
             await asyncio.sleep(LOG_POLL_S)
 
+    async def dump_stack(self, number: int) -> None:
+        """Has the rank write its stacks to its log."""
+        self._ranks[number].dump_stack()
+
     async def terminate(self, number: int) -> None:
         """SIGTERM."""
         self._ranks[number].terminate()
@@ -194,6 +198,9 @@ class RemoteProcess:
         # Whoever hears of the end reads the last lines next.
         await asyncio.wait((self._log,), timeout=LAST_LINES_S)
         return exit_
+
+    def dump_stack(self) -> None:
+        self._actor.dump_stack.remote(self._number)
 
     def terminate(self) -> None:
         self._actor.terminate.remote(self._number)

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import TypeVar
 
 from dplaunch.backend import Exit
+from dplaunch.rank_main import STACK_SIGNAL
 
 from .messages import Answer, Forked
 from .tree import Tree, shared_memory_names
@@ -52,6 +53,12 @@ class Child:
     def pidfd(self) -> int:
         """Readable once the process has ended; -1 before it is born and after it has ended."""
         return self._pidfd
+
+    def dump_stack(self) -> None:
+        """Has the process write its stacks to its log. Does nothing when it has ended."""
+        with self._lock:
+            if self._pidfd >= 0:
+                self._signal(STACK_SIGNAL)
 
     def terminate(self) -> None:
         """SIGTERM to the process. Does nothing when it has ended."""

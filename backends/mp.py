@@ -65,6 +65,9 @@ class MpRank:
     async def wait(self) -> Exit:
         return await _result(self._child.ended)
 
+    def dump_stack(self) -> None:
+        self._child.dump_stack()
+
     def terminate(self) -> None:
         self._child.terminate()
 
@@ -86,7 +89,7 @@ class MpBackend:
         self._env: dict[str, str] = {}
         self._children: list[Child] = []
 
-    async def inventory(self, spec: LaunchSpec) -> Inventory:
+    async def inventory(self, spec: LaunchSpec, more: int = 0) -> Inventory:
         spec.cluster.refuse("mp")
         # In a thread: drivers take their time.
         return Inventory(nodes=(await asyncio.to_thread(local_node),))
@@ -140,6 +143,12 @@ class MpBackend:
         if isinstance(child.answer.result, Failure):
             raise child.answer.result.as_error(f"{function} failed")
         return child.answer.result
+
+    async def reserve(self, ranks: Sequence[RankSpec]) -> None:
+        """Nothing: the plan has given out what there is."""
+
+    async def release(self, rank: int) -> None:
+        """Nothing, as for `reserve`."""
 
     async def spawn(self, boot: RankBoot, keepers: tuple[int, ...] = ()) -> MpRank:
         """As the protocol says.

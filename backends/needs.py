@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dplaunch.asked import Asked
@@ -20,6 +20,9 @@ PLACE_TIMEOUT_S = 60.0
 
 LEAST_CPUS = 0.001
 """What a rank asks for when it needs no CPU of its own: a bundle must hold something."""
+
+NO_CPU = {"memory": 1.0}
+"""What the bundle of a rank holds that shares the CPUs of others of its group, since Ray has none left: a byte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +47,18 @@ class Need:
 
     def shapes(self) -> list[dict[str, float]]:
         """The bundles of a group of ours; the first is the rank actor's."""
-        own = {"CPU": self.cpus}
+        own = {"CPU": self.cpus} if self.cpus else {}
+        if not own and (self.nested or not self.gpus):
+            own = dict(NO_CPU)
         if not self.gpus:
             return [own]
         if self.nested:
             return [own, *({"GPU": self.share} for _ in range(self.gpus))]
         return [own | {"GPU": self.gpus * self.share}]
+
+    def held(self) -> dict[str, float]:
+        """What it takes of its node, of CPUs and devices."""
+        return {"CPU": self.cpus, "GPU": self.gpus * self.share}
 
     def fits(self, node: ClusterNode) -> bool:
         """Whether a node has room for it."""
@@ -63,7 +72,8 @@ class Need:
 def plan_needs(ranks: Sequence[RankSpec], nodes: Mapping[str, ClusterNode], share: float) -> dict[int, Need]:
     """What each rank's seat holds, from the plan: its devices, or as many CPUs as it has cores.
 
-    Ranks that share their node's cores share its CPUs too, so that all of them fit.
+    Ranks that share their node's cores share its CPUs too, so that all of them fit; one that joins ranks which hold
+    them all takes none.
     """
     beside = Counter(rank.node for rank in ranks)
     needs = {}
@@ -75,7 +85,7 @@ def plan_needs(ranks: Sequence[RankSpec], nodes: Mapping[str, ClusterNode], shar
         else:
             cpus, gpus, nested = min(float(len(rank.cpus)), free / beside[rank.node]), 0, False
         # Ray counts in ten-thousandths.
-        cpus = max(LEAST_CPUS, int(cpus * 1000) / 1000)
+        cpus = int(cpus * 1000) / 1000 or (LEAST_CPUS if free >= LEAST_CPUS * beside[rank.node] else 0.0)
         needs[rank.identity.rank] = Need(cpus=cpus, gpus=gpus, share=share, nested=nested)
     return needs
 
@@ -109,6 +119,33 @@ def user_needs(spec: LaunchSpec) -> dict[int, Need]:
         gpus = sum(max(1, int(count)) for count in devices if count > 0)
         needs[rank] = Need(gpus=gpus, share=options.num_gpus, nested=nested, group=group, bundles=chosen)
     return needs
+
+
+def more_user_needs(spec: LaunchSpec, held: Mapping[int, Need], more: int) -> dict[int, Need]:
+    """The same for ranks that join those that hold `held`.
+
+    Raises:
+        UsageError: when each rank has a placement group of its own, or the group for all has too few bundles left.
+    """
+    groups = spec.cluster.placement_groups
+    if len(groups) > 1:
+        raise UsageError(
+            f"cannot add ranks: each of the {len(held)} has a placement group of its own",
+            hint="Launch with one placement group for all, or without any.",
+        )
+    used = {index for need in held.values() for index in need.bundles}
+    left = [index for index in range(len(groups[0].bundle_specs)) if index not in used]
+    pattern = held[min(held)]
+    size, first = len(pattern.bundles), max(held) + 1
+    if len(left) < more * size:
+        raise UsageError(
+            f"the placement group has {len(used) + len(left)} bundles, {len(left)} of them unused: "
+            f"{more} more ranks need {more * size}",
+            hint="Use a group with more bundles; bundle_indices says which are whose at the start.",
+        )
+    return {
+        first + place: replace(pattern, bundles=tuple(left[place * size : (place + 1) * size])) for place in range(more)
+    }
 
 
 def check_devices(ranks: Sequence[RankSpec], needs: Mapping[int, Need]) -> None:

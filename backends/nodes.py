@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from dplaunch.errors import BackendError
 
@@ -35,6 +35,22 @@ async def answers(node: ClusterNode) -> bool:
             await ask(node.id, node.name, ())
             return True
     return node.here
+
+
+@contextlib.asynccontextmanager
+async def given_back(node_id: str, held: Mapping[str, float]) -> AsyncIterator[None]:
+    """For what gives back a part of a node: waits at the end until Ray shows it as free, so that it can be planned."""
+    before = await asyncio.to_thread(survey.free_of, node_id) if held else {}
+    yield
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(FREE_AGAIN_S):
+            while not _has(await asyncio.to_thread(survey.free_of, node_id) if held else {}, before, held):
+                await asyncio.sleep(FREE_POLL_S)
+
+
+def _has(free: Mapping[str, float], before: Mapping[str, float], more: Mapping[str, float]) -> bool:
+    # Ray counts in ten-thousandths, and we in floats.
+    return all(free.get(kind, 0.0) >= before.get(kind, 0.0) + count - 1e-4 for kind, count in more.items())
 
 
 async def free_again(nodes: Sequence[ClusterNode]) -> None:

@@ -8,7 +8,6 @@ uses, on every other node that of an agent (`agent`). Actor and process end toge
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import importlib.util
 import os
@@ -21,14 +20,15 @@ from dplaunch.inventory import Inventory, local_node
 from dplaunch.plan import RankSpec
 from dplaunch.spec import LaunchSpec
 
-from . import cluster, nodes, seat, survey
+from . import cluster, nodes, survey
 from .agent import Agent, AgentLostError
 from .attachment import Attachment
 from .cluster import Cluster, LocalSize
 from .mp import DEFAULT_PRELOAD, MpBackend
-from .needs import Need, check_devices, node_of, plan_needs, user_needs
+from .needs import Need, check_devices, more_user_needs, node_of, plan_needs, user_needs
 from .ray_rank import Process, RayRank
 from .seat import Seat
+from .seats import Seats
 from .survey import ClusterNode
 
 SCHEDULER = "Ray"
@@ -53,8 +53,9 @@ class RayBackend:
         self._local = MpBackend(preload)
         self._attachment = Attachment()
         self._nodes: dict[str, ClusterNode] = {}
-        self._needs: dict[int, Need] = {}
-        self._seats: dict[int, asyncio.Task[Seat]] = {}
+        self._seats = Seats()
+        self._planned: dict[int, RankSpec] = {}
+        self._free_before: list[ClusterNode] = []
         self._agents: dict[str, Agent] = {}
         self._ranks: list[RayRank] = []
         self._spec = LaunchSpec()
@@ -62,20 +63,23 @@ class RayBackend:
         self._size = LocalSize(0, 0)
         self._starting: asyncio.Task[None] | None = None
 
-    async def inventory(self, spec: LaunchSpec) -> Inventory:
+    async def inventory(self, spec: LaunchSpec, more: int = 0) -> Inventory:
         """As the protocol says. Attaches to the cluster where there is one to attach to; starts none.
 
         Raises:
             BackendError: when there is no such cluster, or a node of it cannot be used.
         """
         options = spec.cluster
+        if more:
+            await self._ready()
         address = cluster.wanted_address(options.address)
-        if address is None and not cluster.is_connected():
+        if not more and address is None and not cluster.is_connected():
             return await self._alone(spec)
         await self._attachment.attach(address, self._size)
-        await self._look(options.nodes, survey.model_paths(spec), whole=bool(options.placement_groups))
-        placed = await self._placed(spec) if options.placement_groups else None
-        found = tuple(each.node for each in self._nodes.values())
+        looked = await self._look(options.nodes, survey.model_paths(spec), whole=bool(options.placement_groups))
+        placed = await self._placed(spec, more) if options.placement_groups else None
+        # Of a group that runs, nodes are known that are lost by now.
+        found = tuple(each.node for each in looked)
         if not found:
             raise BackendError("the Ray cluster has no node that is alive", hint="See `ray status`.")
         return Inventory(nodes=found, placed=placed, scheduler=SCHEDULER, share=options.num_gpus)
@@ -120,15 +124,14 @@ class RayBackend:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
         await asyncio.gather(*(rank.wait() for rank in self._ranks), return_exceptions=True)
-        for seating in self._seats.values():
-            await _leave(seating)
+        seats = len(self._seats)
+        await self._seats.close()
         await asyncio.gather(*(agent.close() for agent in self._agents.values()), return_exceptions=True)
         await self._local.close()
         connection = await self._attachment.settle()
-        if self._seats and connection is not None and not connection.ours:
-            await nodes.free_again(list(self._nodes.values()))
+        if seats and connection is not None and not connection.ours:
+            await nodes.free_again(self._free_before)
         await self._attachment.give_up()
-        self._seats.clear()
         self._agents.clear()
 
     # The cluster.
@@ -155,15 +158,22 @@ class RayBackend:
         """Surveys the cluster; nodes that were known before stay known."""
         if (connection := self._attachment.cluster) is None:
             return []
-        found = await survey.survey(connection.node_id, allowed, paths, whole=whole, lenient=lenient)
+        taken = {(self._nodes[rank.node].id, core) for rank in self._planned.values() for core in rank.cpus}
+        found = await survey.survey(connection.node_id, allowed, paths, whole=whole, lenient=lenient, taken=taken)
+        names = {each.id: name for name, each in self._nodes.items()}
+        found = [each.called(names.get(each.id, each.name)) for each in found]
+        if not self._planned:
+            self._free_before = found
         self._nodes |= {each.name: each for each in found}
         return found
 
-    async def _placed(self, spec: LaunchSpec) -> tuple[str, ...]:
-        """The node of each rank in the user's own placement groups."""
-        self._needs = user_needs(spec)
+    async def _placed(self, spec: LaunchSpec, more: int) -> tuple[str, ...]:
+        """The node of each rank, or of each further one, in the user's own placement groups."""
+        found = more_user_needs(spec, self._seats.needs, more) if more else user_needs(spec)
+        if not more:
+            self._seats.needs = found
         names = {each.id: each.name for each in self._nodes.values()}
-        return tuple([names[await node_of(need)] for _, need in sorted(self._needs.items())])
+        return tuple([names[await node_of(need)] for _, need in sorted(found.items())])
 
     async def _start(self, ranks: Sequence[RankSpec]) -> None:
         if self._size.cpus == 0:
@@ -172,21 +182,38 @@ class RayBackend:
         if not self._nodes:
             await self._look(self._spec.cluster.nodes, ())
             self._rename(ranks)
+        self._seat_all(ranks, self._seats.needs)
+
+    async def reserve(self, ranks: Sequence[RankSpec]) -> None:
+        """As the protocol says.
+
+        Raises:
+            UsageError: when the user's own placement groups have no room for them.
+        """
+        await self._ready()
+        own = self._spec.cluster.placement_groups
+        self._seat_all(ranks, more_user_needs(self._spec, self._seats.needs, len(ranks)) if own else {})
+
+    async def release(self, rank: int) -> None:
+        self._planned.pop(rank, None)
+        await self._seats.release(rank)
+
+    def _seat_all(self, ranks: Sequence[RankSpec], needs: Mapping[int, Need]) -> None:
         for node in {rank.node for rank in ranks}:
             if not self._forks_here(self._nodes[node]):
                 self._agent(self._nodes[node])
-        if self._needs:
-            check_devices(ranks, self._needs)
-        else:
-            self._needs = plan_needs(ranks, self._nodes, self._spec.cluster.num_gpus)
+        if needs:
+            check_devices(ranks, needs)
+        self._seats.needs |= needs or plan_needs(ranks, self._nodes, self._spec.cluster.num_gpus)
         for rank in ranks:
-            self._take(rank.identity.rank, rank.identity.instance_id, self._nodes[rank.node].id)
+            self._planned[rank.identity.rank] = rank
+            self._seats.take(rank.identity.rank, rank.identity.instance_id, self._nodes[rank.node].id)
 
     def _rename(self, ranks: Sequence[RankSpec]) -> None:
         # A cluster of our own is made after the plan, which calls its only node by the machine's name.
         if ranks and ranks[0].node not in self._nodes and len(self._nodes) == 1:
             (only,) = self._nodes.values()
-            self._nodes = {ranks[0].node: replace(only, name=ranks[0].node)}
+            self._nodes = {ranks[0].node: only.called(ranks[0].node)}
 
     async def _ready(self) -> Cluster:
         if self._starting is None:
@@ -198,30 +225,17 @@ class RayBackend:
 
     # One rank.
 
-    def _take(self, rank: int, name: str, node_id: str | None) -> asyncio.Task[Seat]:
-        need = self._needs.get(rank, Need())
-        pin = None if need.group is not None else node_id
-        self._seats[rank] = asyncio.create_task(seat.take(name, need, pin))
-        return self._seats[rank]
-
     async def _seat(self, boot: RankBoot) -> asyncio.Task[Seat]:
         """The rank's seat: the one it has, or a new one where the old one was lost or never was."""
         seating = self._seats.get(boot.rank)
-        if seating is not None:
-            if not seating.done():
-                return seating
-            if seating.exception() is None:
-                if not seating.result().lost.done():
-                    return seating
-                seating.result().leave()
-        return self._take(boot.rank, boot.instance_id, await self._node_for(boot))
+        return seating or self._seats.take(boot.rank, boot.instance_id, await self._node_for(boot))
 
     async def _fork_ahead(self, boot: RankBoot) -> Process | None:
         """The rank's process before its actor is there, where nothing that Ray has yet to say is needed for it.
 
         An actor is a Python process that imports Ray, and a rank that loads meanwhile is ready that much sooner.
         """
-        node, need = self._nodes.get(boot.node), self._needs.get(boot.rank)
+        node, need = self._nodes.get(boot.node), self._seats.needs.get(boot.rank)
         if node is None or need is None or not self._forks_here(node) or need.gpus or need.group is not None:
             return None
         return await self._local.spawn(boot) if await nodes.is_alive(node.id) else None
@@ -234,7 +248,7 @@ class RayBackend:
         if planned is not None and await nodes.answers(planned):
             return planned.id
         found = await self._look(self._spec.cluster.nodes, survey.model_paths(self._spec), lenient=True)
-        need = self._needs.get(boot.rank, Need())
+        need = self._seats.need(boot.rank)
         room = [each for each in found if need.fits(each)]
         if not room:
             there = "; ".join(f"{each.name}: {each.node.note}" for each in found)
@@ -254,7 +268,7 @@ class RayBackend:
 
     def _shaped(self, boot: RankBoot, taken: Seat, node: ClusterNode, connection: Cluster) -> RankBoot:
         """The boot with what only Ray could say: which devices, and where a nested executor finds its bundles."""
-        env = taken.completed(boot.env, self._needs.get(boot.rank, Need()), connection.gcs_address)
+        env = taken.completed(boot.env, self._seats.need(boot.rank), connection.gcs_address)
         elsewhere = boot.node != "" and node.name != boot.node
         # The planned cores are those of another machine.
         return replace(boot, env=env, cpus=() if elsewhere else boot.cpus)
@@ -278,9 +292,3 @@ class RayBackend:
             agent = self._agents[node.id] = Agent(node.id, self._preload)
             agent.open(str(self._spec.start_method), {**self._env, **node.node.env}, builtin=self._spec.model is None)
         return agent
-
-
-async def _leave(seating: asyncio.Task[Seat]) -> None:
-    seating.cancel()
-    with contextlib.suppress(asyncio.CancelledError, Exception):
-        (await seating).leave()

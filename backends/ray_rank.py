@@ -23,6 +23,8 @@ class Process(Protocol):
 
     async def wait(self) -> Exit: ...
 
+    def dump_stack(self) -> None: ...
+
     def terminate(self) -> None: ...
 
     def kill(self) -> None: ...
@@ -60,6 +62,10 @@ class RayRank:
 
     async def wait(self) -> Exit:
         return await asyncio.shield(self._ended)
+
+    def dump_stack(self) -> None:
+        if not self._ended.done():
+            self._process.dump_stack()
 
     def terminate(self) -> None:
         if not self._ended.done():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dplaunch.asked import Asked
@@ -44,9 +44,24 @@ class ClusterNode:
     node: Node
     free: Mapping[str, float]
 
+    def called(self, name: str) -> ClusterNode:
+        """The same node by another name."""
+        return replace(self, name=name, node=replace(self.node, name=name))
+
+
+def free_of(node_id: str) -> Mapping[str, float]:
+    """What Ray has not given out of a node."""
+    return _free_resources().get(node_id, {})
+
 
 async def survey(
-    own_id: str, allowed: Sequence[str], paths: Sequence[str], *, whole: bool = False, lenient: bool = False
+    own_id: str,
+    allowed: Sequence[str],
+    paths: Sequence[str],
+    *,
+    whole: bool = False,
+    lenient: bool = False,
+    taken: Collection[tuple[str, int]] = (),
 ) -> list[ClusterNode]:
     """The living nodes that may be used, the launcher's own first.
 
@@ -56,6 +71,7 @@ async def survey(
         paths: local paths that every node must have.
         whole: counts what Ray has given out as free: the ranks' places are among it.
         lenient: leaves out what is missing or cannot be used, where that would be an error.
+        taken: cores that the group's own ranks have, each with Ray's id of its node.
 
     Raises:
         UsageError: when an allowed node is not in the cluster.
@@ -82,7 +98,9 @@ async def survey(
     names |= _names(alive)
     # Not this process's own CUDA_VISIBLE_DEVICES: in a task or an actor Ray hides what that did not ask for.
     here = await asyncio.to_thread(local_node, {}) if own_id in names else None
-    return [_cluster_node(each, names, answers, here, free.get(each["NodeID"], each["Resources"])) for each in chosen]
+    return [
+        _cluster_node(each, names, answers, here, free.get(each["NodeID"], each["Resources"]), taken) for each in chosen
+    ]
 
 
 def model_paths(spec: LaunchSpec) -> list[str]:
@@ -138,6 +156,7 @@ def _cluster_node(
     answers: Mapping[str, Mapping[str, Any]],
     here: Node | None,
     free: Mapping[str, float],
+    taken: Collection[tuple[str, int]],
 ) -> ClusterNode:
     id_, address = facts["NodeID"], facts["NodeManagerAddress"]
     answer = answers.get(id_)
@@ -148,6 +167,7 @@ def _cluster_node(
     else:
         found, is_here = _node(answer["node"]), answer["where"] == whereabouts()
         env = {} if is_here else {**answer["env"], **{name: address for name in HOST_VARIABLES if name in os.environ}}
+    found = replace(found, cores=tuple(core for core in found.cores if (id_, core) not in taken))
     return ClusterNode(
         id=id_,
         name=names[id_],

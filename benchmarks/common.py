@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -88,8 +89,11 @@ class Comparison:
     more_is_better: bool = False
 
     def ratio(self, samples: Samples) -> float:
-        """Ours over the base, of the medians."""
-        return statistics.median(samples[self.ours]) / statistics.median(samples[self.base])
+        """Ours over the base, of the medians; nothing over nothing is no more and no less."""
+        ours, base = statistics.median(samples[self.ours]), statistics.median(samples[self.base])
+        if not base:
+            return math.inf if ours else 1.0
+        return ours / base
 
     def verdict(self, samples: Samples) -> str:
         """The goal, and whether it was met."""
@@ -162,7 +166,7 @@ def report(
         base, ours = (statistics.median(samples[key]) for key in (line.base, line.ours))
         ratio = f"{line.ratio(samples):.3f}"
         rows.append((f"{line.title} ({line.unit})", f"{base:.1f}", f"{ours:.1f}", ratio, line.verdict(samples)))
-    _print_table(rows)
+    print_table(rows)
     ratios = {line.title: round(line.ratio(samples), 4) for line in comparisons}
     result = {
         "benchmark": benchmark,
@@ -176,7 +180,8 @@ def report(
     print(json.dumps(result), flush=True)
 
 
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows of cells: the first column to the left, the others to the right."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]

@@ -114,14 +114,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def stock_server(settings: Settings, frontends: int | None = 1) -> Iterator[tuple[Server, float]]:
+def stock_server(
+    settings: Settings, frontends: int | None = 1, flags: Sequence[str] = ()
+) -> Iterator[tuple[Server, float]]:
     """Stock `vllm serve` with data parallelism, and the seconds to its first answer.
 
     It cannot report a port that the kernel picked: we pick one, and another if that was taken in between.
-    `frontends` None leaves their number to stock.
+    `frontends` None leaves their number to stock; `flags` are further ones of vLLM's.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(settings.model)]
-    command += ["--data-parallel-size", str(settings.dp), *_common_flags(settings)]
+    command += ["--data-parallel-size", str(settings.dp), *_common_flags(settings), *flags]
     if frontends is not None:
         command += ["--api-server-count", str(frontends)]
 

@@ -19,6 +19,7 @@ from dplaunch.errors import (
     GroupDeadError,
     LogDirError,
     ModelError,
+    NoGroupError,
     RankFailedError,
     RequestError,
     ResourceError,
@@ -30,7 +31,7 @@ from dplaunch.errors import (
 if TYPE_CHECKING:
     from dplaunch.api import launch, launch_async
     from dplaunch.group import AsyncGroup
-    from dplaunch.spec import LaunchSpec, RestartPolicy
+    from dplaunch.spec import LaunchSpec, ProbePolicy, RequestPolicy, RestartPolicy
     from dplaunch.sync import Group
 
 __all__ = [
@@ -45,8 +46,11 @@ __all__ = [
     "LaunchSpec",
     "LogDirError",
     "ModelError",
+    "NoGroupError",
+    "ProbePolicy",
     "RankFailedError",
     "RequestError",
+    "RequestPolicy",
     "ResourceError",
     "RestartPolicy",
     "StartTimeoutError",
@@ -61,6 +65,8 @@ _WHERE = {
     "AsyncGroup": "dplaunch.group",
     "Group": "dplaunch.sync",
     "LaunchSpec": "dplaunch.spec",
+    "ProbePolicy": "dplaunch.spec",
+    "RequestPolicy": "dplaunch.spec",
     "RestartPolicy": "dplaunch.spec",
     "launch": "dplaunch.api",
     "launch_async": "dplaunch.api",

@@ -17,6 +17,8 @@ from dplaunch.spec import (
     ExecutorKind,
     LaunchSpec,
     Mode,
+    ProbePolicy,
+    RequestPolicy,
     RestartPolicy,
     StartMethod,
 )
@@ -40,6 +42,8 @@ def launch(
     start_timeout_s: float = DEFAULT_START_TIMEOUT_S,
     shutdown_timeout_s: float = 10.0,
     restart: RestartPolicy | None = None,
+    probe: ProbePolicy | None = None,
+    requests: RequestPolicy | None = None,
     min_ranks: int = 1,
     log_dir: str | Path | None = None,
     name: str | None = None,
@@ -70,6 +74,8 @@ def launch(
         start_timeout_s: seconds until a rank that is not ready fails the launch.
         shutdown_timeout_s: seconds that ranks get to end by themselves.
         restart: when a rank that dies comes back; None for three times in five minutes.
+        probe: when a rank that says nothing is taken for hung; None for a minute without an answer.
+        requests: what becomes of requests when ranks die or too many come; None for the defaults.
         min_ranks: the group is dead with fewer ranks than this.
         log_dir: where the ranks' logs go; None for a new directory under the user's state directory.
         name: the group's id; None for a fresh one.
@@ -102,6 +108,8 @@ def launch(
         start_timeout_s=start_timeout_s,
         shutdown_timeout_s=shutdown_timeout_s,
         restart=restart,
+        probe=probe,
+        requests=requests,
         min_ranks=min_ranks,
         log_dir=log_dir,
         name=name,
@@ -169,6 +177,8 @@ def make_spec(
     start_timeout_s: float = DEFAULT_START_TIMEOUT_S,
     shutdown_timeout_s: float = 10.0,
     restart: RestartPolicy | None = None,
+    probe: ProbePolicy | None = None,
+    requests: RequestPolicy | None = None,
     min_ranks: int = 1,
     log_dir: str | Path | None = None,
     name: str | None = None,
@@ -198,6 +208,8 @@ def make_spec(
         start_timeout_s=start_timeout_s,
         shutdown_timeout_s=shutdown_timeout_s,
         restart=restart or RestartPolicy(),
+        probe=probe or ProbePolicy(),
+        requests=requests or RequestPolicy(),
         min_ranks=min_ranks,
         log_dir=None if log_dir is None else Path(log_dir),
         base_id=name,

@@ -113,6 +113,9 @@ class RankHandle(Protocol):
     async def wait(self) -> Exit:
         """Returns how it ended, at once when it does; called by the supervisor for as long as the rank lives."""
 
+    def dump_stack(self) -> None:
+        """Asks it to write where it is to its log (`dplaunch.rank_main.STACK_SIGNAL`). Called when it hangs."""
+
     def terminate(self) -> None:
         """Asks it to end (SIGTERM). Called first, at shutdown. Does nothing when it has ended."""
 
@@ -123,8 +126,13 @@ class RankHandle(Protocol):
 class Backend(Protocol):
     """Makes ranks. One object a group; `open` is called first and `close` last, once each."""
 
-    async def inventory(self, spec: LaunchSpec) -> Inventory:
+    async def inventory(self, spec: LaunchSpec, more: int = 0) -> Inventory:
         """What there is to run on. Called before the plan is made; starts nothing and initialises no device.
+
+        Args:
+            spec: what was asked for.
+            more: ranks to be added to the group, which runs; 0 before it is launched. A scheduler then gives what
+                is free beside the group's own ranks.
 
         Raises:
             UsageError: when the spec asks for what this backend cannot do.
@@ -153,6 +161,12 @@ class Backend(Protocol):
         Raises:
             BackendError: when the process ends without an answer; carries what it wrote to stderr.
         """
+
+    async def reserve(self, ranks: Sequence[RankSpec]) -> None:
+        """Begins to make room for ranks that join the running group, and returns at once; `spawn` follows."""
+
+    async def release(self, rank: int) -> None:
+        """Gives back the room of a rank that has ended and leaves the group. Does nothing where it has none."""
 
     async def spawn(self, boot: RankBoot) -> RankHandle:
         """Starts a rank that runs `dplaunch.rank_main.rank_main(boot)`; returns when the process exists.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from dplaunch.errors import DplaunchError, RequestError, UsageError
@@ -26,22 +26,22 @@ async def run_batch(
     prompts: Prompt | Sequence[Prompt],
     params: Any,
     *,
-    slots: int,
+    slots: Callable[[], int],
     data_parallel_rank: int | None,
     lora_request: Any,
     on_error: OnError,
     progress: bool | None,
 ) -> list[Any]:
-    """See `AsyncGroup.generate`. `slots` is the number of sequences that all ranks together run at a time."""
+    """See `AsyncGroup.generate`. `slots` says how many sequences all ranks together run at a time, by now."""
     batch = _as_batch(prompts)
     all_params = _one_each("params", params, len(batch))
     loras = _one_each("lora_request", lora_request, len(batch))
     results: list[Any] = [None] * len(batch)
-    todo = iter(range(len(batch)))
     prefix = uuid.uuid4().hex[:8]
 
-    async def work(bar: BatchProgress) -> None:
-        for index in todo:
+    with BatchProgress(len(batch), progress) as bar:
+
+        async def answer(index: int) -> None:
             results[index] = await _one(
                 engine,
                 batch[index],
@@ -53,18 +53,34 @@ async def run_batch(
             )
             bar.advance(_tokens(results[index]))
 
-    workers = min(len(batch), max(1, int(slots * HEADROOM)))
-    with BatchProgress(len(batch), progress) as bar:
-        # A task group: when this task is cancelled (Ctrl-C), every worker is, and AsyncLLM aborts its request.
-        async with asyncio.TaskGroup() as group:
-            for _ in range(workers):
-                group.create_task(work(bar))
+        await _side_by_side(len(batch), lambda: max(1, int(slots() * HEADROOM)), answer)
     if on_error == "raise":
         for result in results:
             if isinstance(result, RequestError):
                 # What ended the group ended every prompt: it is no fault of this one.
-                raise result.__cause__ if isinstance(result.__cause__, DplaunchError) else result
+                cause = result.__cause__
+                raise cause if isinstance(cause, DplaunchError) and not isinstance(cause, RequestError) else result
     return results
+
+
+async def _side_by_side(count: int, room: Callable[[], int], do: Callable[[int], Awaitable[None]]) -> None:
+    """Does so many things in their order, `room()` of them at a time, which may grow meanwhile."""
+    todo, workers = iter(range(count)), 0
+
+    async def work() -> None:
+        for index in todo:
+            fill()  # ranks may have joined
+            await do(index)
+
+    def fill() -> None:
+        nonlocal workers
+        while workers < min(count, room()):
+            workers += 1
+            group.create_task(work())
+
+    # A task group: when this task is cancelled (Ctrl-C), every worker is, and AsyncLLM aborts its request.
+    async with asyncio.TaskGroup() as group:
+        fill()
 
 
 async def stream_one(
@@ -79,7 +95,7 @@ async def stream_one(
         lora_request=lora_request,
     )
     async for output in outputs:
-        _check(output, None)
+        _check(output)
         if output.outputs[0].text:
             yield output.outputs[0].text
 
@@ -108,9 +124,11 @@ async def _one(
         last = None
         async for output in outputs:
             last = output
-        return _check(last, index)
+        return _check(last)
     except RequestError as error:
-        return error
+        failure = RequestError(f"prompt {index}: {error.message}", index=index, retryable=error.retryable)
+        failure.__cause__ = error.__cause__
+        return failure
     except Exception as error:
         cause = error if isinstance(error, DplaunchError) else error.__cause__ or error
         words = cause.message if isinstance(cause, DplaunchError) else str(cause) or type(cause).__name__
@@ -119,20 +137,11 @@ async def _one(
         return failure
 
 
-def _check(output: Any, index: int | None) -> Any:
-    if output is None or any(part.finish_reason == "error" for part in _choices(output)) or _is_empty_vector(output):
-        name = "the request" if index is None else f"prompt {index}"
-        raise RequestError(
-            f"{name} was lost when its rank died; send it again",
-            index=index,
-            retryable=True,
-        )
+def _check(output: Any) -> Any:
+    # What a rank dies of comes as an exception; this is an engine that could not serve the request.
+    if output is None or any(part.finish_reason == "error" for part in _choices(output)):
+        raise RequestError("the engine could not answer it; send it again", retryable=True)
     return output
-
-
-def _is_empty_vector(output: Any) -> bool:
-    vector = getattr(output.outputs, "data", None)
-    return vector is not None and len(vector) == 0
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -15,6 +15,9 @@ import zmq
 CHANNEL_IDENTITY = b"dplaunch"
 """The ZeroMQ identity of a rank's channel; vLLM's handshake uses the rank as two bytes."""
 
+COMPILING = "compiling"
+"""The phase of an engine that compiles, also while it serves."""
+
 LINGER_MS = 2000
 """How long the last message may take to leave a dying rank, milliseconds; a launcher that is gone costs no more."""
 
@@ -31,7 +34,10 @@ class RankChannel:
         self._head = {"rank": rank, "incarnation": incarnation}
 
     def phase(self, name: str) -> None:
-        """Says what the rank is busy with: importing, loading, compiling, capturing, warming."""
+        """Says what the rank is busy with: importing, loading, compiling, capturing, warming.
+
+        One that serves says when it compiles, and that it serves again.
+        """
         self._send({"status": "PHASE", "phase": name})
 
     def failed(self, error: BaseException) -> None:

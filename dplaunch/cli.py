@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from dplaunch import commands
 from dplaunch._version import __version__
 from dplaunch.boundary import run_at_boundary
 from dplaunch.errors import ExitCode, UsageError
-from dplaunch.settings import ENV_PREFIX, OPTIONS, Config, Option, build_spec, build_ui, read_config
+from dplaunch.options import ENV_PREFIX, OPTIONS, Option
+from dplaunch.settings import Config, build_spec, build_ui, read_config
 from dplaunch.spec import LaunchSpec
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ Examples:
   dplaunch --dp 2
   dplaunch --dp 8 --model Qwen/Qwen3-8B --max-model-len 8192 --api-key KEY
   dplaunch plan --dp 4 -tp 2 --model ./my-model
+  dplaunch status --watch
 """
 
 
@@ -55,6 +58,7 @@ def _exit_codes() -> str:
         ExitCode.START_TIMEOUT: "a rank was not ready in time",
         ExitCode.GROUP_DEAD: "too many ranks were lost",
         ExitCode.BACKEND: "the backend is unknown or not installed",
+        ExitCode.NO_GROUP: "no such group is running, or it does not answer",
         ExitCode.INTERRUPTED: "Ctrl-C",
         ExitCode.TERMINATED: "SIGTERM",
     }
@@ -175,6 +179,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     from dplaunch.doctor import run
 
     ctx.exit(int(run(json=as_json)))
+
+
+commands.register(cli)
 
 
 async def _plan_only(spec: LaunchSpec) -> LaunchPlan:

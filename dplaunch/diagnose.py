@@ -166,7 +166,8 @@ def describe_failure(
     """
     lines = tail(log_path, max(tail_lines, SEARCHED_LINES))
     cause = _find(exit, lines, failure)
-    message = f"rank {rank} died while starting: {_headline(exit, failure)}"
+    early = " before it was ready" if failure is None and exit.code == 0 else ""
+    message = f"rank {rank} died while starting: {_headline(exit, failure)}{early}"
     hint = str(cause)
     if failure is None and cause.what:
         message, hint = f"{message}, likely because {cause.what}", cause.advice
@@ -174,9 +175,26 @@ def describe_failure(
     return RankFailedError(message, hint=_sentence(hint), detail="\n".join([*shown, f"full log: {log_path}"]))
 
 
+def describe_death(exit: Exit, log_path: Path, failure: Failure | None) -> tuple[str, str]:
+    """What a rank that served died of, with its likely cause, and what to do about it ("" when nothing tells).
+
+    Args:
+        failure: as for `likely_cause`.
+    """
+    if exit.reason and failure is None:
+        return str(exit), ""  # It is known, and not to be guessed.
+    cause = _find(exit, tail(log_path, SEARCHED_LINES), failure)
+    words = str(exit)
+    if failure is not None:
+        words = f"{words}: {_headline(exit, failure)}"
+    elif cause.what:
+        words = f"{words}, likely because {cause.what}"
+    return words, _sentence(cause.advice)
+
+
 def _headline(exit: Exit, failure: Failure | None) -> str:
     if failure is None:
-        return f"{exit} before it was ready" if exit.code == 0 else str(exit)
+        return str(exit)
     kind, text = failure
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return f"{kind}: {first}" if first else kind

@@ -20,6 +20,7 @@ class ExitCode(enum.IntEnum):
     START_TIMEOUT = 9  # a rank did not become ready in time
     GROUP_DEAD = 10  # the group lost more ranks than it can do without
     BACKEND = 11  # the backend is unknown or not installed
+    NO_GROUP = 12  # no running group is meant, or it does not answer
     INTERRUPTED = 130  # Ctrl-C
     TERMINATED = 143  # SIGTERM
 
@@ -36,7 +37,8 @@ class DplaunchError(Exception):
     exit_code: ExitCode = ExitCode.INTERNAL
 
     def __init__(self, message: str, *, hint: str = "", detail: str = "") -> None:
-        super().__init__(message)
+        # Not super(): in an error that is one of vLLM's too, that is vLLM's, which takes other arguments.
+        Exception.__init__(self, message)
         self.message = message
         self.hint = hint
         self.detail = detail
@@ -103,6 +105,12 @@ class BackendError(DplaunchError):
     """Raised when the backend is unknown, not installed, or cannot do what was asked of it."""
 
     exit_code = ExitCode.BACKEND
+
+
+class NoGroupError(DplaunchError):
+    """Raised when no running group is meant, or several may be, or the one that is meant does not answer."""
+
+    exit_code = ExitCode.NO_GROUP
 
 
 class GroupClosedError(DplaunchError):

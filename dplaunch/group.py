@@ -12,6 +12,7 @@ from dplaunch.events import Listener
 from dplaunch.life import GroupLife
 from dplaunch.progress import ReportKind, make_reporter
 from dplaunch.spec import LaunchSpec
+from dplaunch.supervisor import Supervisor
 
 
 class AsyncGroup(GroupLife):
@@ -55,7 +56,7 @@ class AsyncGroup(GroupLife):
             self.engine,
             prompts,
             params,
-            slots=self.config.max_num_seqs * self.spec.dp,
+            slots=lambda: self.config.max_num_seqs * len(self.plan.ranks),
             data_parallel_rank=data_parallel_rank,
             lora_request=lora_request,
             on_error=on_error,
@@ -77,6 +78,50 @@ class AsyncGroup(GroupLife):
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
                 yield delta
+
+    async def scale(self, dp: int, drain_s: float | None = None) -> None:
+        """Changes the number of ranks while the group serves on; no request fails of it.
+
+        Ranks that join take requests when all of them are ready; when one does not start, none joins. Ranks leave
+        from the highest number down: they take no new request, and what is still in flight at the deadline moves to
+        the ranks that stay. Requests that are pinned to a rank that leaves end with a RequestError.
+
+        Args:
+            dp: the number of ranks from now on.
+            drain_s: seconds for the requests of ranks that leave to end where they are; None for 30.
+
+        Raises:
+            UsageError: when it is below min_ranks, or another change is under way.
+            ResourceError: when the ranks do not fit; nothing has been started then.
+            RankFailedError: when a rank does not start; the group is as it was.
+            GroupClosedError: when the group is closed meanwhile.
+        """
+        await self._running().scale(dp, drain_s)
+
+    async def restart(
+        self, ranks: Sequence[int] | None = None, rolling: bool = False, drain_s: float | None = None
+    ) -> None:
+        """Restarts ranks while the group serves on; no request fails of it, and none counts as a rank's failure.
+
+        A rank that restarts takes no new request; what is in flight at the deadline moves to other ranks, or waits.
+        One that does not come back is tried again as one that died is.
+
+        Args:
+            ranks: which; None for all.
+            rolling: one after the other, each when the one before is ready again; else all of them at once.
+            drain_s: seconds for requests to end where they are; None for 30.
+
+        Raises:
+            UsageError: when there is no such rank, or another change is under way.
+            RankFailedError: when a rank does not come back at once; a rolling restart ends there.
+            GroupClosedError: when the group is closed meanwhile.
+        """
+        await self._running().restart(ranks, rolling, drain_s)
+
+    def _running(self) -> Supervisor:
+        """The ranks, of a group that is neither closed nor dead."""
+        _ = self.engine
+        return self.supervisor
 
     async def call(self, method: str, *args: Any, rank: int | None = None) -> list[Any]:
         """Calls an engine-core utility method on all ranks, or on one; one result a rank, in rank order."""

@@ -1,4 +1,4 @@
-"""What a group consists of while it runs: made in order, and let go of in order."""
+"""The life of a group: its parts are made in order, and let go of in order."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ import zmq
 
 from dplaunch import known_flags, seam
 from dplaunch.backend import Backend, RankBoot, load_backend
-from dplaunch.client import GroupClient
-from dplaunch.drain import drain, drain_seconds
+from dplaunch.changes import Changes
+from dplaunch.client import SETTLE_S, GroupClient
+from dplaunch.drain import drain
 from dplaunch.errors import DplaunchError, GroupClosedError, UsageError
 from dplaunch.events import Event, Level, Listener
+from dplaunch.host import GroupHost
 from dplaunch.identity import Identity
 from dplaunch.link import RankLink, Transport
 from dplaunch.logs import prepare_log_dir, prune_old, release_log_dir
+from dplaunch.parts import GroupParts
 from dplaunch.plan import LaunchPlan, RankSpec
 from dplaunch.plan_view import is_spread, whereabouts
 from dplaunch.planner import plan_launch
@@ -32,14 +35,15 @@ from dplaunch.rank_env import helper_env
 from dplaunch.recipes import config_request, make_boot
 from dplaunch.runtime_dir import make_runtime_dir
 from dplaunch.seam import frontend, wire
-from dplaunch.seam.config import ConfigResult, check_version
+from dplaunch.seam.config import check_version
 from dplaunch.seam.preload import exec_environment
-from dplaunch.spec import LaunchSpec, Mode
+from dplaunch.sight import Sight
+from dplaunch.spec import VLLM_ENGINE, LaunchSpec, Mode
 from dplaunch.supervisor import Supervisor
 from dplaunch.threads import in_thread
 
 
-class GroupLife:
+class GroupLife(GroupParts):
     """The life of a group, in one event loop; `AsyncGroup` adds what it is used for.
 
     Args:
@@ -57,25 +61,16 @@ class GroupLife:
         listeners: Sequence[Listener] = (),
         quiet_vllm: bool = False,
     ) -> None:
-        self.spec = spec
-        self.plan: LaunchPlan
-        """What was launched; set when the start begins."""
-        self.config: ConfigResult
-        """What came of vLLM's flags; set during the start."""
-        self.dead: asyncio.Future[DplaunchError]
-        """Done when the group cannot go on; carries the root cause."""
+        super().__init__(spec)
+        self.sight = Sight(self, self._emit)
+        """What lets it be seen and steered from outside."""
         self._server = server
-        self._listeners = list(listeners)
+        self._listeners: list[Listener] = [*listeners, self.sight]
         self._quiet_vllm = quiet_vllm
-        self._engine: Any = None
         self._backend: Backend | None = None
-        self._supervisor: Supervisor | None = None
-        self._client: GroupClient | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._address: str | None = None
         self._runtime_dir: Path | None = None
-        self._closing: asyncio.Task[None] | None = None
-        self._planned = asyncio.Event()
 
     # Life.
 
@@ -108,6 +103,8 @@ class GroupLife:
             if isinstance(listener, Reporter):
                 listener.expect(plan.ranks)
         self._planned.set()
+        self._runtime_dir = make_runtime_dir()
+        self.sight.open(self._runtime_dir)
         for rank in plan.ranks:
             number = rank.identity.rank
             where = f" goes to {whereabouts(plan, rank)}, and" if is_spread(plan) else ""
@@ -119,7 +116,13 @@ class GroupLife:
         self.config = cloudpickle.loads(answer)
         if self.config.known_flags:
             known_flags.remember(version, self.config.known_flags)
-        client = self._client = GroupClient(wire.Codec())
+        client = self._client = GroupClient(
+            wire.Codec(),
+            on_engine_error=lambda rank: self.supervisor.engine_failed(rank),
+            policy=self.spec.requests,
+            emit=self._emit,
+            settle_s=SETTLE_S,
+        )
         self._supervisor = Supervisor(
             plan,
             backend,
@@ -132,12 +135,10 @@ class GroupLife:
         )
         self._context = zmq.Context()
         self._address = await backend.address()
-        if self._address is None:
-            self._runtime_dir = make_runtime_dir()
-        await self._start_ranks_and_engine(client, self._supervisor, imported)
+        await self._start_ranks_and_engine(backend, client, self._supervisor, imported)
 
     async def _start_ranks_and_engine(
-        self, client: GroupClient, supervisor: Supervisor, imported: asyncio.Future[None]
+        self, backend: Backend, client: GroupClient, supervisor: Supervisor, imported: asyncio.Future[None]
     ) -> None:
         # The engine loads its tokenizer while the ranks load their weights, then waits for them at this gate.
         gate: concurrent.futures.Future[list[Mapping[str, Any]]] = concurrent.futures.Future()
@@ -167,10 +168,18 @@ class GroupLife:
             await starting
             gate.set_result([rank.ready_response for rank in supervisor.ranks])
             self._engine = await building
+            supervisor.changes = Changes(
+                supervisor, backend, client, GroupHost(self, self._engine), dict(os.environ), self._emit
+            )
+            frontend.guard_health(self._engine, lambda: supervisor.is_healthy)
         finally:
             if not gate.done():
                 gate.set_exception(GroupClosedError("the start was given up"))
             await _end([starting, building])
+
+    def listen(self, listener: Listener) -> None:
+        """Tells one more listener what happens from now on."""
+        self._listeners.append(listener)
 
     async def close(self, reason: str = "closed by its user") -> None:
         """Stops the ranks and lets go of everything; idempotent, and safe to cancel and call again."""
@@ -180,8 +189,10 @@ class GroupLife:
 
     async def _close(self, reason: str) -> None:
         closed = GroupClosedError("the group is closed")
+        if self._supervisor is not None and self._supervisor.changes is not None:
+            await self._supervisor.changes.cancel()
         if self._engine is not None and self._client is not None and self._client.dead is None:
-            await drain(self._engine, self._client, drain_seconds(self.spec), closed=closed, emit=self._emit)
+            await drain(self._engine, self._client, self.drain_s, closed=closed, emit=self._emit)
         if self._engine is not None:
             frontend.end_engine(self._engine, closed)
         if self._client is not None and self._client.dead is None:
@@ -194,6 +205,7 @@ class GroupLife:
                 await self._backend.close()
             if self._context is not None:
                 self._context.destroy(linger=0)
+            await self.sight.close()
             if self._planned.is_set() and self.spec.log_dir is None:
                 release_log_dir(self.plan.log_dir)
             if self._runtime_dir is not None:
@@ -208,45 +220,6 @@ class GroupLife:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    # Parts in use.
-
-    async def planned(self) -> None:
-        """Returns when `plan` is there and its log directory exists; the start goes on."""
-        await self._planned.wait()
-
-    @property
-    def is_planned(self) -> bool:
-        """Whether `plan` is there and its log directory exists."""
-        return self._planned.is_set()
-
-    @property
-    def engine(self) -> Any:
-        """The group as vLLM's own AsyncLLM, for code that wants one. The group owns it: do not shut it down.
-
-        Raises:
-            GroupClosedError: before the start and after `close`.
-            GroupDeadError: when the group has lost more ranks than it can do without.
-        """
-        if self._engine is None or self._closing is not None:
-            raise GroupClosedError("the group is not running", hint="Use it inside its with block.")
-        if self.dead.done():
-            raise self.dead.result()
-        return self._engine
-
-    @property
-    def client(self) -> GroupClient:
-        """The data path: which ranks are up, and what each has in flight."""
-        if self._client is None or self._closing is not None:
-            raise GroupClosedError("the group is not running", hint="Use it inside its with block.")
-        return self._client
-
-    @property
-    def supervisor(self) -> Supervisor:
-        """The ranks as they are."""
-        if self._supervisor is None:
-            raise GroupClosedError("the group is not running", hint="Use it inside its with block.")
-        return self._supervisor
 
     # Parts.
 
@@ -263,7 +236,7 @@ class GroupLife:
             identity.rank,
             identity.incarnation,
             context=self._context,
-            transport=Transport(self._runtime_dir, self._address),
+            transport=Transport(self._runtime_dir if self._address is None else None, self._address),
             on_phase=on_phase,
             on_output=self._client.on_output,
         )
@@ -281,7 +254,7 @@ class GroupLife:
 
 
 def _refuse_lockstep(plan: LaunchPlan) -> None:
-    if plan.mode is Mode.LOCKSTEP:
+    if plan.mode is Mode.LOCKSTEP and plan.spec.engine == VLLM_ENGINE:
         raise UsageError(
             f"a lockstep group cannot be launched yet: {plan.mode_reason}",
             hint="Leave --enable-expert-parallel out: each rank then holds the whole model and is independent.",

@@ -6,6 +6,7 @@ Every incarnation has its own addresses, so nothing late from a dead one can rea
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from dplaunch.channel import CHANNEL_IDENTITY
+from dplaunch.channel import CHANNEL_IDENTITY, COMPILING
 from dplaunch.seam import wire
 
 MESSAGES_PER_TURN = 64
@@ -74,6 +75,8 @@ class RankLink:
         self.failed = asyncio.Event()
         """Set when the rank has said what it died of; `failure` then says it."""
         self.closed = False
+        self.heard = time.monotonic()
+        """When the engine said something last, its handshake included; monotonic time, seconds."""
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[dict[str, Any]] = loop.create_future()
         """Resolves to vLLM's ready response (EngineCoreReadyResponse as a map) once the handshake is complete."""
@@ -127,10 +130,12 @@ class RankLink:
             self.ready.cancel()
 
     def _on_handshake(self, frames: Sequence[Any]) -> None:
+        self.heard = time.monotonic()
         identity, payload = (bytes(frame.buffer) for frame in frames[:2])
         message = msgspec.msgpack.decode(payload)
         match message["status"]:
             case "PHASE" if identity == CHANNEL_IDENTITY:
+                self.compiling = message["phase"] == COMPILING
                 self._on_phase(message["phase"])
             case "FAILED" if identity == CHANNEL_IDENTITY:
                 self.failure = Failure(message["type"], message["message"])
@@ -143,6 +148,7 @@ class RankLink:
                 self._maybe_ready()
 
     def _on_ready_response(self, frames: Sequence[Any]) -> None:
+        self.heard = time.monotonic()
         self._response = msgspec.msgpack.decode(bytes(frames[1].buffer))
         self._maybe_ready()
 

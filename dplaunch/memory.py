@@ -56,7 +56,9 @@ def kv_cache_bytes(asked: Asked, env: Mapping[str, str]) -> int | None:
     return int(space) * GIB
 
 
-def check_host(places: Sequence[Place], *, share: float, kv_bytes: int | None, weights: int, world: int) -> None:
+def check_host(
+    places: Sequence[Place], *, share: float, kv_bytes: int | None, weights: int, world: int, first: int = 0
+) -> None:
     """Checks that all ranks fit into the memory of their CPU hosts.
 
     Args:
@@ -65,14 +67,15 @@ def check_host(places: Sequence[Place], *, share: float, kv_bytes: int | None, w
         kv_bytes: what each worker takes besides the weights; None for what its share leaves.
         weights: size of the model's weights, bytes; 0 when not known.
         world: workers of one rank.
+        first: the number of the first rank.
 
     Raises:
         ResourceError: names the first rank that does not fit, what it wants and what is free.
     """
     taken: dict[str, float] = {}
     several = len({each.node.name for each in places}) > 1
-    for rank, each in enumerate(places):
-        total, before = each.node.memory_total, taken.get(each.node.name, 0.0)
+    for index, each in enumerate(places):
+        rank, total, before = first + index, each.node.memory_total, taken.get(each.node.name, 0.0)
         if not total:
             continue  # nobody could say what that host has
         where = f" on node {each.node.name}" if several else ""
@@ -87,7 +90,7 @@ def check_host(places: Sequence[Place], *, share: float, kv_bytes: int | None, w
         if wanted > free:
             raise ResourceError(
                 f"rank {rank} does not fit{where}: it wants {_gib(wanted)} GiB of host memory, "
-                f"{_gib(free)} GiB are free{_beside(rank, places)}",
+                f"{_gib(free)} GiB are free{_beside(index, places, first)}",
                 hint=f"{_HOST_HINT}, or --kv-cache-memory-bytes, or use fewer ranks.",
             )
         taken[each.node.name] = before + wanted
@@ -104,18 +107,19 @@ def share_warnings(inventory: Inventory, asked: Asked) -> list[str]:
     ]
 
 
-def check_devices(places: Sequence[Place], *, share: float) -> None:
+def check_devices(places: Sequence[Place], *, share: float, first: int = 0) -> None:
     """Checks that each rank fits into the free memory of its devices.
 
     Args:
         places: where the ranks are.
         share: what each worker takes of its device's memory.
+        first: the number of the first rank.
 
     Raises:
         ResourceError: names the first rank that does not fit, the device, what it wants and what is free.
     """
     taken: dict[tuple[str, str], float] = {}
-    for rank, each in enumerate(places):
+    for rank, each in enumerate(places, first):
         for device in each.devices:
             key = (each.node.name, device.id)
             wanted, before = share * device.memory_total, taken.get(key, 0.0)
@@ -130,9 +134,9 @@ def check_devices(places: Sequence[Place], *, share: float) -> None:
             taken[key] = before + wanted
 
 
-def _beside(rank: int, places: Sequence[Place]) -> str:
+def _beside(index: int, places: Sequence[Place], first: int) -> str:
     """Which ranks have taken of the same node's memory before this one."""
-    others = [other for other in range(rank) if places[other].node.name == places[rank].node.name]
+    others = [first + other for other in range(index) if places[other].node.name == places[index].node.name]
     if not others:
         return ""
     return f" beside rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}"

@@ -60,7 +60,7 @@ def place(spec: LaunchSpec, inventory: Inventory, world: int) -> tuple[Place, ..
             hint="Leave it out; --nodes says which machines may be used.",
         )
     if inventory.device_type == "cuda":
-        return _chosen_devices(spec, inventory, world) if spec.devices else _next_devices(spec, inventory, world)
+        return _chosen_devices(spec, inventory, world) if spec.devices else next_devices(spec, inventory, world)
     return _chosen_cores(spec, inventory) if spec.devices else _even_cores(spec, inventory)
 
 
@@ -95,18 +95,28 @@ def _placed_nodes(inventory: Inventory) -> list[Node]:
     return [nodes[name] for name in inventory.placed or ()]
 
 
-def _next_devices(spec: LaunchSpec, inventory: Inventory, world: int) -> tuple[Place, ...]:
-    """Devices in order, node by node; a rank never spans two nodes."""
+def next_devices(spec: LaunchSpec, inventory: Inventory, world: int, running: int = 0) -> tuple[Place, ...]:
+    """Devices in order, node by node; a rank never spans two nodes.
+
+    Args:
+        spec: how many ranks.
+        inventory: what there is.
+        world: devices that one rank needs.
+        running: ranks that run already, whose devices are not among these.
+
+    Raises:
+        ResourceError: when there are too few; names what is missing on which node.
+    """
     placed = _placed_nodes(inventory)
     if placed and inventory.scheduler:
         # The user's placement groups hold the devices already: they are not among the free ones.
         return tuple(Place(node=node, scheduled=world) for node in placed)
     rooms = {node.name: _rooms(node, inventory, world) for node in inventory.nodes}
     if placed:
-        return tuple(_next_room(rank, node, rooms[node.name], world) for rank, node in enumerate(placed))
+        return tuple(_next_room(rank, node, rooms[node.name], world) for rank, node in enumerate(placed, running))
     places = [room for node in inventory.nodes for room in rooms[node.name]]
     if len(places) < spec.dp:
-        _refuse_too_few(spec, inventory, world, room=len(places))
+        _refuse_too_few(spec, inventory, world, len(places), running)
     return tuple(places[: spec.dp])
 
 
@@ -133,23 +143,25 @@ def _rooms(node: Node, inventory: Inventory, world: int) -> list[Place]:
     return [Place(node=node, devices=slots[start : start + world]) for start in starts]
 
 
-def _refuse_too_few(spec: LaunchSpec, inventory: Inventory, world: int, room: int) -> None:
+def _refuse_too_few(spec: LaunchSpec, inventory: Inventory, world: int, room: int, running: int) -> None:
     nodes, scheduler, share = inventory.nodes, inventory.scheduler, inventory.share
     total, needed = sum(_free(node) for node in nodes), spec.dp * world * share
-    wanted = f"dp={spec.dp}"
+    wanted = f"dp={spec.dp}" if not running else f"{_count(spec.dp, 'more rank')} beside {running}"
     if world > 1:
         wanted += f" with {world} devices a rank"
     if share < 1:
         wanted += f" at num_gpus={share:g}"
     where = "this machine has" if len(nodes) == 1 else f"these {len(nodes)} machines have"
-    message = f"{wanted} needs {_count(needed, 'device')}, "
-    message += f"{scheduler} has {total:g} free" if scheduler else f"{where} {total:g}"
+    message = f"{wanted} {'need' if running and spec.dp > 1 else 'needs'} {_count(needed, 'device')}, "
+    message += f"{scheduler} has {total:g} free" if scheduler else f"{where} {total:g}{' free' if running else ''}"
     if total >= needed:
         whole = "a rank does not span machines" if world > 1 else "a worker does not span devices"
         message += f", with room for {_count(room, 'rank')} ({whole})"
     if scheduler or len(nodes) > 1:
         message += f": {_free_devices(nodes)}"
-    hint = f"Use --dp {room}." if room else "Use a smaller --tensor-parallel-size or --pipeline-parallel-size."
+    hint = (
+        f"Use --dp {running + room}." if room else "Use a smaller --tensor-parallel-size or --pipeline-parallel-size."
+    )
     limit = f"See who holds the rest in {scheduler}, or add machines." if scheduler else _MASK_HINT
     raise ResourceError(message, hint=f"{hint} {limit}" if world > 1 or room else limit)
 

@@ -36,7 +36,7 @@ def as_dict(plan: LaunchPlan, *, launcher_env: Mapping[str, str] | None = None) 
     return {
         "name": plan.base_id,
         "backend": plan.spec.backend,
-        "dp": plan.spec.dp,
+        "dp": len(plan.ranks),
         "model": plan.model,
         "model_note": plan.model_note,
         "mode": plan.mode.value,
@@ -86,7 +86,7 @@ def _rank_dict(rank: RankSpec, launcher_env: Mapping[str, str] | None) -> dict[s
 def _heading(plan: LaunchPlan) -> list[str]:
     notes = [plan.model_note] if plan.model_note else []
     model = ", in ".join(notes if plan.model == BUILTIN_MODEL else [*notes, plan.model])
-    ranks = "1 rank" if plan.spec.dp == 1 else f"{plan.spec.dp} ranks"
+    ranks = "1 rank" if len(plan.ranks) == 1 else f"{len(plan.ranks)} ranks"
     facts = {
         "group": f"{plan.base_id}: {ranks}, backend {plan.spec.backend}",
         "model": model,

@@ -103,12 +103,12 @@ def make_plan(
         ResourceError: when there are too few devices or too little memory; carries the numbers.
     """
     asked, device_type = Asked(spec), inventory.device_type
-    world = _world(asked)
+    world = world_size(asked)
     mode, mode_reason = choose_mode(spec, asked, model)
     executor, executor_reason = choose_executor(spec, asked, device_type, world)
     _check_share(inventory, world)
     places = place(spec, inventory, world)
-    facts = _Facts(spec, asked, model, environ, device_type, world, places, mode, executor)
+    facts = Facts(spec, asked, model, environ, device_type, world, places, mode, executor)
     base_id = _base_id(spec)
     log_dir = _log_dir(spec, base_id)
     return LaunchPlan(
@@ -122,7 +122,7 @@ def make_plan(
         executor_reason=executor_reason,
         engine_defaults=MappingProxyType(_engine_defaults(facts)),
         log_dir=log_dir,
-        ranks=tuple(_rank(facts, rank, base_id, log_dir) for rank in range(spec.dp)),
+        ranks=tuple(rank_spec(facts, rank, base_id, log_dir) for rank in range(spec.dp)),
         warnings=(
             *mode_warnings(mode, spec, asked, model, device_type),
             *placement_warnings(places, inventory, world),
@@ -133,7 +133,7 @@ def make_plan(
 
 
 @dataclass(frozen=True, slots=True)
-class _Facts:
+class Facts:
     """What the parts of a plan are made from."""
 
     spec: LaunchSpec
@@ -158,7 +158,8 @@ def _check_share(inventory: Inventory, world: int) -> None:
         )
 
 
-def _world(asked: Asked) -> int:
+def world_size(asked: Asked) -> int:
+    """Devices, or workers, of one rank."""
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
     tensor, pipeline, context = (asked.whole(name, 1) for name in sizes)
     return tensor * pipeline * context
@@ -170,7 +171,7 @@ def _model_name(spec: LaunchSpec, model: ModelInfo | None, builtin_path: Path | 
     return spec.model if model is None else model.model
 
 
-def _engine_defaults(facts: _Facts) -> dict[str, object]:
+def _engine_defaults(facts: Facts) -> dict[str, object]:
     """Checks that the ranks fit into memory; returns the engine arguments to add where the user set none."""
     asked, builtin = facts.asked, facts.spec.model is None
     share = asked.fraction("gpu_memory_utilization")
@@ -191,7 +192,8 @@ def _engine_defaults(facts: _Facts) -> dict[str, object]:
     return {name: value for name, value in defaults.items() if name not in asked}
 
 
-def _rank(facts: _Facts, rank: int, base_id: str, log_dir: Path) -> RankSpec:
+def rank_spec(facts: Facts, rank: int, base_id: str, log_dir: Path) -> RankSpec:
+    """One rank of a plan."""
     own = facts.places[rank]
     env = make_env(
         {**facts.environ, **own.node.env},
@@ -213,7 +215,7 @@ def _rank(facts: _Facts, rank: int, base_id: str, log_dir: Path) -> RankSpec:
     )
 
 
-def _visible(facts: _Facts, own: Place) -> tuple[str, ...] | None:
+def _visible(facts: Facts, own: Place) -> tuple[str, ...] | None:
     if own.scheduled:
         return None  # the backend says it, once the scheduler has chosen
     if facts.mode is Mode.INDEPENDENT:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from dplaunch.events import Event, Level
+from dplaunch.events import Event, Level, as_record
 from dplaunch.plan import RankSpec
 
 if TYPE_CHECKING:
@@ -111,16 +111,7 @@ class JsonReporter(Reporter):
     """Writes one JSON object a line, for every event."""
 
     def _show(self, event: Event) -> None:
-        record = {
-            "at": round(event.at, 3),
-            "level": event.level,
-            "rank": event.rank,
-            "incarnation": event.incarnation,
-            "state": event.state,
-            "phase": event.phase,
-            "message": event.message,
-        }
-        self._write(json.dumps(record, ensure_ascii=False))
+        self._write(json.dumps(as_record(event), ensure_ascii=False, default=str))
 
 
 class LiveReporter(Reporter):

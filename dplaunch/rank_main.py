@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import os
 import signal
@@ -17,6 +18,10 @@ from dplaunch.channel import RankChannel
 
 EXIT_ENGINE_FAILED = 1
 """A rank's exit code when its engine raised; what it raised went to the launcher and to the log."""
+
+
+STACK_SIGNAL = signal.SIGUSR1
+"""Has a rank write the stacks of all its threads to its log; vLLM and its workers have no use for it."""
 
 
 def rank_main(boot: RankBoot) -> None:
@@ -64,6 +69,8 @@ def _take_shape(boot: RankBoot) -> None:
             os.sched_setaffinity(0, boot.cpus)
     if boot.log_file is not None:
         _redirect_output(str(boot.log_file))
+    # In C, from the signal itself: it tells of a thread too that never comes back to the interpreter.
+    faulthandler.register(STACK_SIGNAL, file=2)
 
 
 def _redirect_output(path: str) -> None:

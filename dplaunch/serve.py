@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from dplaunch.argv import scan
-from dplaunch.drain import drain_seconds
 from dplaunch.errors import AddressError, DplaunchError, ExitCode, GroupClosedError
-from dplaunch.events import Event, Listener
+from dplaunch.events import Event, Kind, Listener
 from dplaunch.group import AsyncGroup
-from dplaunch.logs import Tee
+from dplaunch.health import add_ready_route
+from dplaunch.limits import allow_open_files
 from dplaunch.progress import ReportKind, make_reporter
 from dplaunch.seam import server
 from dplaunch.spec import LaunchSpec
 from dplaunch.sync import new_loop
+from dplaunch.tee import Tee
 from dplaunch.threads import in_thread
 from dplaunch.ui import UiOptions
 
@@ -38,6 +39,7 @@ def serve(spec: LaunchSpec, ui: UiOptions) -> ExitCode:
     Raises:
         DplaunchError: when the group cannot be started, or when it died.
     """
+    allow_open_files()
     spec = dataclasses.replace(spec, log_stats=not scan(spec.vllm_argv).get("disable_log_stats", False))
     with (
         contextlib.closing(_bind(ui.host, ui.port)) as listener,
@@ -69,6 +71,7 @@ async def _serve(spec: LaunchSpec, ui: UiOptions, listener: socket.socket) -> Ex
     kind = ReportKind.JSON if ui.json_logs else ReportKind.QUIET if ui.quiet else ReportKind.AUTO
     reporter = make_reporter(kind, ranks=spec.dp)
     group = AsyncGroup(spec, server=True, listeners=[reporter], quiet_vllm=True)
+    group.sight.on_stop = stop.ask
     with stop.listening(), contextlib.ExitStack() as stack:
         try:
             with reporter:
@@ -78,7 +81,7 @@ async def _serve(spec: LaunchSpec, ui: UiOptions, listener: socket.socket) -> Ex
                     await _end(group, opening, stop)
                     return stop.exit_code
                 app = opening.result()
-            address = _address(listener)
+            address = group.sight.address = _address(listener)
             _announce(address, group, reporter, ui, time.monotonic() - started)
             return await _run(app, listener, group, stop)
         finally:
@@ -111,7 +114,8 @@ async def _open(group: AsyncGroup, ui: UiOptions, stack: contextlib.ExitStack) -
             stack.enter_context(_logging_to(group.plan.log_dir / FRONTEND_LOG))
             if ui.tee:
                 files = {rank.identity.rank: rank.log_file for rank in group.plan.ranks}
-                stack.enter_context(Tee(files, sys.stdout))
+                tee = stack.enter_context(Tee(files, sys.stdout))
+                group.listen(lambda event: _follow(tee, event))
         await opening
     finally:
         planned.cancel()
@@ -121,7 +125,15 @@ async def _open(group: AsyncGroup, ui: UiOptions, stack: contextlib.ExitStack) -
     if args is None:
         raise DplaunchError("the server's flags were not parsed", hint="This is a bug in dplaunch: please report it.")
     await in_thread(lambda: server.load_plugins(args), "plugins")
-    return await server.make_app(group.engine, args)
+    app = await server.make_app(group.engine, args)
+    add_ready_route(app, group)
+    return app
+
+
+def _follow(tee: Tee, event: Event) -> None:
+    """Shows the log of a rank that joins."""
+    if event.kind is Kind.SCALE and event.rank is not None:
+        tee.add(event.rank, Path(event.data["log_file"]))
 
 
 async def _run(app: Any, listener: socket.socket, group: AsyncGroup, stop: _StopRequest) -> ExitCode:
@@ -136,12 +148,13 @@ async def _run(app: Any, listener: socket.socket, group: AsyncGroup, stop: _Stop
         ssl_keyfile=getattr(args, "ssl_keyfile", None),
         ssl_certfile=getattr(args, "ssl_certfile", None),
         ssl_ca_certs=getattr(args, "ssl_ca_certs", None),
-        timeout_graceful_shutdown=int(drain_seconds(group.spec) + group.spec.shutdown_timeout_s),
     )
     http = _server_class()(config)
     serving = asyncio.ensure_future(http.serve(sockets=[listener]))
     dead = asyncio.ensure_future(asyncio.shield(group.dead))
     await stop.first_of(serving, dead)
+    # As it is now: whoever stops the group may say how long its requests get.
+    config.timeout_graceful_shutdown = int(group.drain_s + group.spec.shutdown_timeout_s)
     http.should_exit = True
     try:
         if stop.requested:
@@ -168,10 +181,9 @@ def _server_class() -> Any:
 
 
 class _StopRequest:
-    """SIGINT and SIGTERM: the first asks for an orderly end, the second for an immediate one."""
+    """SIGINT and SIGTERM: the first asks for an orderly end, the second for an immediate one. `dplaunch stop` too."""
 
     def __init__(self) -> None:
-        self._count = 0
         self._name = ""
         self._first, self._second = asyncio.Event(), asyncio.Event()
 
@@ -188,14 +200,18 @@ class _StopRequest:
             for number in handled:
                 loop.remove_signal_handler(number)
 
+    def ask(self) -> None:
+        """Asks for an orderly end in another way than by a signal."""
+        self._name = self._name or "dplaunch stop"
+        self._first.set()
+
     def _on_signal(self, number: signal.Signals) -> None:
-        self._count += 1
         self._name = number.name
-        (self._first if self._count == 1 else self._second).set()
+        (self._second if self._first.is_set() else self._first).set()
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether the end was asked for."""
         return self._first.is_set()
 
     @property
@@ -205,8 +221,8 @@ class _StopRequest:
 
     @property
     def exit_code(self) -> ExitCode:
-        """For a start that was interrupted."""
-        return ExitCode.TERMINATED if self._name == "SIGTERM" else ExitCode.INTERRUPTED
+        """For a start that was given up."""
+        return ExitCode.INTERRUPTED if self._name == "SIGINT" else ExitCode.TERMINATED
 
     async def first_of(self, *futures: asyncio.Future[Any]) -> bool:
         """Waits for any of the futures (True) or for the first signal (False)."""

@@ -50,11 +50,72 @@ class RestartPolicy:
         limit: restarts of one rank allowed within the window; 0 means never.
         window_s: seconds after which a restart no longer counts.
         backoff_s: seconds before the second restart within the window; doubled for each further one.
+        jitter: the share of a wait that is left to chance, so that ranks that died together do not start together.
+
+    Raises:
+        UsageError: when a value cannot be.
     """
 
     limit: int = 3
     window_s: float = 300.0
     backoff_s: float = 1.0
+    jitter: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise UsageError(f"restarts must be 0 or more, not {self.limit}", hint="0 means never.")
+        if self.window_s < 0:
+            raise UsageError(f"the restart window must not be negative, not {self.window_s} s")
+        if self.backoff_s < 0 or not 0 <= self.jitter <= 1:
+            raise UsageError(f"cannot back off by {self.backoff_s} s with jitter {self.jitter}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbePolicy:
+    """When a rank that says nothing is taken for hung.
+
+    Args:
+        interval_s: seconds of silence after which a rank is asked whether it is there.
+        timeout_s: seconds that its engine has to answer; then it is ended and replaced. 0 means that none is asked.
+
+    Raises:
+        UsageError: when a value cannot be.
+    """
+
+    interval_s: float = 5.0
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.interval_s <= 0 or self.timeout_s < 0:
+            raise UsageError(
+                f"cannot probe every {self.interval_s} s with a deadline of {self.timeout_s} s",
+                hint="A deadline of 0 turns the probes off.",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestPolicy:
+    """What becomes of requests when things go wrong.
+
+    Args:
+        max_failures: dying ranks that one request may have been on; then it fails by name and is moved no more.
+        max_queue: requests that may be in the group at once, running and waiting; beyond that new ones are refused
+            (503 with Retry-After over HTTP). 0 means no bound.
+        poison_file: the text of requests that failed so is added to this file; None keeps it nowhere.
+
+    Raises:
+        UsageError: when a value cannot be.
+    """
+
+    max_failures: int = 2
+    max_queue: int = 0
+    poison_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_failures < 1:
+            raise UsageError(f"max_request_failures must be at least 1, not {self.max_failures}")
+        if self.max_queue < 0:
+            raise UsageError(f"max_queue must be 0 or more, not {self.max_queue}", hint="0 means no bound.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +208,8 @@ class LaunchSpec:
         start_timeout_s: seconds until a rank that is not ready fails the launch.
         shutdown_timeout_s: seconds that ranks get between SIGTERM and SIGKILL.
         restart: when a rank that dies while serving comes back.
+        probe: when a rank that says nothing is taken for hung.
+        requests: what becomes of requests when things go wrong.
         min_ranks: the group stops when fewer ranks than this are left and none may come back.
         log_dir: where the ranks' logs go; None for a new directory under the user's state directory.
         base_id: the group's id; None for a fresh one.
@@ -171,6 +234,8 @@ class LaunchSpec:
     start_timeout_s: float = DEFAULT_START_TIMEOUT_S
     shutdown_timeout_s: float = 10.0
     restart: RestartPolicy = field(default_factory=RestartPolicy)
+    probe: ProbePolicy = field(default_factory=ProbePolicy)
+    requests: RequestPolicy = field(default_factory=RequestPolicy)
     min_ranks: int = 1
     log_dir: Path | None = None
     base_id: str | None = None

@@ -44,6 +44,14 @@ class Group:
         """The ranks that take requests now."""
         return self._group.client.ranks
 
+    def scale(self, dp: int, drain_s: float | None = None) -> None:
+        """Changes the number of ranks while the group serves on; see `AsyncGroup.scale`."""
+        self._loop.run(self._group.scale(dp, drain_s))
+
+    def restart(self, ranks: Sequence[int] | None = None, rolling: bool = False, drain_s: float | None = None) -> None:
+        """Restarts ranks while the group serves on; see `AsyncGroup.restart`."""
+        self._loop.run(self._group.restart(ranks, rolling, drain_s))
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

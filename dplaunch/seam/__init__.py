@@ -11,7 +11,15 @@ Checked with vLLM 0.32. What we rely on, and where:
 * wire.py, the data path: `EngineCoreRequest`, `EngineCoreOutputs`, `MsgpackEncoder`, `MsgpackDecoder`, and the bytes
   of the handshake.
 * frontend.py, AsyncLLM over our client: `EngineCoreClient.make_async_mp_client`, `AsyncMPClient`,
-  `MPClient._apply_ready_response`, `AsyncLLM`, `OutputProcessor.request_states`.
+  `MPClient._apply_ready_response`, `AsyncLLM`, `OutputProcessor.request_states`, and that /health
+  asks `AsyncLLM.check_health` and takes `EngineDeadError` for a no.
+* resize.py, another number of ranks: `AsyncLLM.logger_manager`, `StatLoggerManager.stat_loggers` and `engine_indexes`,
+  `PerEngineStatLoggerAdapter.per_engine_stat_loggers`, and that `PrometheusStatLogger` makes its metrics through
+  attributes that end in `_cls`, and those that they have. Of prometheus_client: the registry's `_collector_to_names`,
+  a metric's `_name` and `_labelnames`.
+* failures.py, errors to the caller: `OutputProcessor.abort_requests`, `RequestState.queue` and `parent_req`, and
+  that `AsyncLLM.generate` and `encode` hand on a `GracefulHTTPError`.
+* requests.py and traits.py, a request that moves: `EngineCoreOutput`, `SamplingParams`, `VllmConfig`.
 * config.py, flags and config: `make_arg_parser`, `validate_parsed_serve_args`, `AsyncEngineArgs`.
 * server.py, the OpenAI app: `build_app`, `init_app_state`.
 * prompts.py, prompts in `generate`: `ChatParams`, `parse_model_prompt`, `BaseRenderer.render_chat_async` and

@@ -16,7 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from dplaunch.client import GroupClient
-from dplaunch.errors import DplaunchError
+from dplaunch.errors import DplaunchError, GroupDeadError
+from dplaunch.inflight import Failed
+from dplaunch.seam import failures
+from dplaunch.seam.traits import engine_traits
 
 _PENDING: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar("pending", default=None)
 _IMPORT_LOCK = threading.Lock()
@@ -86,12 +89,15 @@ def make_engine(
     token = _PENDING.set(make_client)
     try:
         with preserved_environ(), _logging(quiet):
-            return AsyncLLM(
+            client.know_engines(engine_traits(config))
+            engine = AsyncLLM(
                 vllm_config=config,
                 executor_class=Executor,
                 log_stats=log_stats,
                 log_requests=log_requests,
             )
+            engine.engine_core.output_processor = engine.output_processor
+            return engine
     finally:
         _PENDING.reset(token)
 
@@ -102,6 +108,20 @@ def end_engine(engine: Any, error: Exception) -> None:
         engine.output_handler.cancel()
     engine.output_processor.propagate_error(error)
     engine.shutdown()
+
+
+def guard_health(engine: Any, is_healthy: Callable[[], bool]) -> None:
+    """Has an AsyncLLM's own health check fail while `is_healthy` is false: vLLM's /health goes by it."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    check = engine.check_health
+
+    async def check_health() -> None:
+        await check()
+        if not is_healthy():
+            raise EngineDeadError()
+
+    engine.check_health = check_health
 
 
 def unfinished(engine: Any) -> frozenset[str]:
@@ -167,13 +187,16 @@ def _adapter_class() -> type[Any]:
             self._effective_attention_block_sizes: set[int | None] = set()
             self._kv_event_sources: dict[int, Any] = {}
             self._engine_status: dict[int, dict[str, Any]] = {}
+            self.num_blocks: dict[int, int] = {}
 
         def apply_ready(self, rank: int, response: Mapping[str, Any]) -> None:
             """Takes over what the rank found out while starting: its block count, a fitted max_model_len."""
             self._apply_ready_response(msgspec.msgpack.encode({**response, "data_parallel_rank": rank}))
+            self.num_blocks[rank] = response["num_gpu_blocks"]
 
         async def get_output_async(self) -> Any:
-            outputs = await self.group_client.outputs.get()
+            while isinstance(outputs := await self.group_client.outputs.get(), Failed):
+                self.group_client.abort(failures.end_with(self.output_processor, outputs))
             if isinstance(outputs, DplaunchError):
                 self.resources.engine_dead = True
                 raise EngineDeadError() from outputs
@@ -181,7 +204,14 @@ def _adapter_class() -> type[Any]:
 
         async def add_request_async(self, request: Any) -> None:
             request.client_index = 0
-            self.group_client.add(request)
+            try:
+                self.group_client.add(request)
+            except GroupDeadError:
+                raise
+            except DplaunchError as error:
+                # It stands in vLLM's table already.
+                failures.forget(self.output_processor, [request.request_id])
+                raise failures.as_failure(error) from error
 
         async def abort_requests_async(self, request_ids: list[str]) -> None:
             self.group_client.abort(request_ids)
@@ -190,7 +220,7 @@ def _adapter_class() -> type[Any]:
             return await self.group_client.call(method, *args)
 
         async def call_utility_async(self, method: str, *args: Any) -> Any:
-            return (await self.group_client.call(method, *args))[0]
+            return await self.group_client.call_for_one(method, *args)
 
         def dp_engines_running(self) -> bool:
             return self.group_client.unfinished > 0

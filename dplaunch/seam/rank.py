@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dplaunch.backend import RankBoot
-from dplaunch.channel import RankChannel
+from dplaunch.channel import COMPILING, RankChannel
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
 
 REPORT = "dplaunch_report"
-"""The utility method that our engine core adds: the last step of a start, and what a probe calls."""
+"""A utility method that our engine core adds: who it is, the last step of a start."""
+
+PING = "dplaunch_ping"
+"""A utility method that our engine core adds: whether its loop goes round, which is what a probe asks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,7 @@ def run_engine(boot: RankBoot, channel: RankChannel) -> None:
         _use_cores(len(boot.cpus))
     executor_class = _with_phases(Executor.get_class(config), channel, eager=config.model_config.enforce_eager)
     # In this process only, and only for this: run_engine_core looks the class up in its module.
-    core.EngineCoreProc = _reporting(core.EngineCoreProc, boot)
+    core.EngineCoreProc = _reporting(core.EngineCoreProc, boot, channel)
     core.EngineCoreProc.run_engine_core(
         vllm_config=config,
         local_client=True,
@@ -129,7 +132,7 @@ def _with_phases(base: type[Any], channel: RankChannel, *, eager: bool) -> type[
     return Phased
 
 
-def _reporting(base: type[Any], boot: RankBoot) -> type[Any]:
+def _reporting(base: type[Any], boot: RankBoot, channel: RankChannel) -> type[Any]:
     """The engine core class that knows which rank it is and can tell."""
 
     class RankEngineCore(base):  # type: ignore[misc]
@@ -140,13 +143,29 @@ def _reporting(base: type[Any], boot: RankBoot) -> type[Any]:
             super().__init__(vllm_config, *args, **kwargs)
             # The constructor ends with VllmConfig.__post_init__, which draws a new instance_id.
             _name(vllm_config, boot)
+            _tell_compiling(channel)
 
         def dplaunch_report(self) -> dict[str, Any]:
             """What this rank is, as seen from inside."""
             return report(self.vllm_config, boot, type(self.model_executor).__name__)
 
+        def dplaunch_ping(self) -> None:
+            """Nothing: that it is answered says that the engine's loop goes round."""
+
     RankEngineCore.__name__ = RankEngineCore.__qualname__ = base.__name__
     return RankEngineCore
+
+
+def _tell_compiling(channel: RankChannel) -> None:
+    """Says when something is compiled while the rank serves, as vLLM's CPU sampler is at the first use of logprobs.
+
+    That may take a minute on a busy machine, and nobody should take it for a hang. `torch._dynamo.callback` is
+    torch's own way to learn of it. What a worker process compiles is not heard of here.
+    """
+    from torch._dynamo.callback import callback_handler
+
+    callback_handler.register_start_callback(lambda args: channel.phase(COMPILING))
+    callback_handler.register_end_callback(lambda args: channel.phase("serving"))
 
 
 def report(config: Any, boot: RankBoot, executor: str) -> dict[str, Any]:

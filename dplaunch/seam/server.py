@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dplaunch.seam import failures
+
 
 def import_server() -> None:
     """Imports what the app needs, while the ranks load."""
@@ -21,6 +23,7 @@ async def make_app(engine: Any, args: argparse.Namespace) -> Any:
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
+    failures.register(app)
     return app
 
 

@@ -65,26 +65,6 @@ class Codec:
         return self._decoder.decode(frames)
 
 
-def failed_outputs(requests: Sequence[Any]) -> Any:
-    """An EngineCoreOutputs that ends the requests with finish reason "error", as an engine core itself would.
-
-    A pooling request ends with an empty vector: vLLM's frontend has no error for one, and dies of one without.
-    """
-    import torch
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-
-    outputs = [
-        EngineCoreOutput(
-            request_id=request.request_id,
-            new_token_ids=[],
-            pooling_output=None if request.pooling_params is None else torch.empty(0),
-            finish_reason=FinishReason.ERROR,
-        )
-        for request in requests
-    ]
-    return EngineCoreOutputs(outputs=outputs)
-
-
 def pinned_engine(request: Any, ranks: int) -> int | None:
     """The rank that vLLM wants a request on: the caller's, or that of a late-interaction query; None for any."""
     rank: int | None = request.data_parallel_rank

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,11 @@ class FakeRank:
     async def wait(self) -> Exit:
         # Shielded: a supervisor that stops waiting must not cancel the exit for the others who wait.
         return await asyncio.shield(asyncio.wrap_future(self._exit))
+
+    def dump_stack(self) -> None:
+        frame = sys._current_frames().get(self.thread.ident or 0)
+        if frame is not None:
+            self._log("Stack (most recent call last):\n" + "".join(traceback.format_stack(frame)))
 
     def terminate(self) -> None:
         self._stop.terminate()
@@ -103,7 +109,7 @@ class FakeBackend:
         self._inventory = inventory
         self._ranks: list[FakeRank] = []
 
-    async def inventory(self, spec: LaunchSpec) -> Inventory:
+    async def inventory(self, spec: LaunchSpec, more: int = 0) -> Inventory:
         return self._inventory or Inventory(nodes=(await asyncio.to_thread(local_node),))
 
     async def open(self, spec: LaunchSpec, env: Mapping[str, str], ranks: Sequence[RankSpec] = ()) -> None:
@@ -114,6 +120,12 @@ class FakeBackend:
 
     async def call(self, function: str, payload: bytes) -> bytes:
         return await asyncio.to_thread(_call, function, payload)
+
+    async def reserve(self, ranks: Sequence[RankSpec]) -> None:
+        pass
+
+    async def release(self, rank: int) -> None:
+        pass
 
     async def spawn(self, boot: RankBoot) -> FakeRank:
         self._ranks = [rank for rank in self._ranks if rank.poll() is None]

@@ -26,6 +26,11 @@ class FaultDriver:
         self.strike(When.BEFORE_HELLO)
         return grandchild
 
+    def change(self, fault: Fault) -> None:
+        """From now on this is what goes wrong; requests are counted from here."""
+        self.fault = fault
+        self._requests = 0
+
     def load(self) -> None:
         """Takes the time of a slow start; SIGTERM ends it early."""
         self._host.stop.wait(self.fault.slow_start_s)

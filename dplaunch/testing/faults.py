@@ -32,9 +32,10 @@ class Fault:
         stderr_bytes: bytes that are written to stderr before HELLO.
         slow_start_s: seconds of loading.
         token_delay_s: seconds for one step; None for the plan's.
-        grandchild: the engine leaves a process of its own running, in its process group.
+        grandchild: the engine has a worker process of its own, in its process group, and ends by an error with it.
         late_answer_s: seconds after SIGTERM at which every request in flight gets one more token.
         instance_id: the id that the engine claims to have; None for its own.
+        deviates: the engine answers other tokens than those that are expected.
     """
 
     when: When = When.AFTER_READY
@@ -51,6 +52,7 @@ class Fault:
     grandchild: bool = False
     late_answer_s: float | None = None
     instance_id: str | None = None
+    deviates: bool = False
 
     @property
     def strikes(self) -> bool:

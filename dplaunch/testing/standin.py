@@ -7,6 +7,7 @@ It answers with the tokens that `dplaunch.testing.expected_tokens` foretells, an
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterable
@@ -70,7 +71,8 @@ class Server:
         self._sockets = sockets
         self._faults = faults
         self._scheduler = Scheduler(plan.max_num_seqs, plan.max_model_len)
-        self._utilities = Utilities(boot, plan, host, self._abort_all, grandchild)
+        self._utilities = Utilities(boot, plan, host, self._abort_all, faults.change, grandchild)
+        self._worker = -1 if grandchild is None else os.pidfd_open(grandchild)
         self._doomed: dict[str, int] = {}
         self._due = 0.0
 
@@ -82,8 +84,13 @@ class Server:
         poller.register(self._host.stop.fileno(), zmq.POLLIN)
         for socket in self._sockets.inputs:
             poller.register(socket, zmq.POLLIN)
+        if self._worker >= 0:
+            poller.register(self._worker, zmq.POLLIN)
         while not self._host.stopped():
             ready = dict(poller.poll(self._timeout_ms()))
+            if self._worker in ready:
+                # As vLLM, whose engine cores end with their workers.
+                raise RuntimeError("a worker process of the stand-in engine died")
             for socket in self._sockets.inputs:
                 if socket in ready:
                     self._receive_all(socket)
@@ -108,6 +115,8 @@ class Server:
                 client, call_id, method, arguments = msgspec.msgpack.decode(data)
                 answer = call(self._utilities, call_id, method, arguments)
                 self._sockets.outputs[client].send(wire.encode_outputs(utility=answer))
+                if method == "misbehave" and self._faults.fault.when is When.AFTER_READY:
+                    self._strike()
 
     def _add(self, request: wire.Request) -> None:
         if self._faults.hits(request):
@@ -127,6 +136,9 @@ class Server:
     def _step(self) -> None:
         self._due = time.monotonic() + self._delay_s
         for client, outputs in self._scheduler.step().items():
+            if self._faults.fault.deviates:
+                for output in outputs:
+                    output.new_token_ids = [LATE_TOKEN for _ in output.new_token_ids]
             finished = {output.request_id for output in outputs if output.finish_reason is not None}
             self._send(client, outputs, finished if self._report_finished else None)
             for output in outputs:

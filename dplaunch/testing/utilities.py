@@ -7,7 +7,7 @@ from typing import Any
 
 from dplaunch.backend import RankBoot
 from dplaunch.testing import wire
-from dplaunch.testing.faults import StandInPlan
+from dplaunch.testing.faults import Fault, StandInPlan, When
 from dplaunch.testing.host import Host
 
 LORA_ID = 1
@@ -19,6 +19,7 @@ class Utilities:
 
     Args:
         abort_all: aborts every request in flight.
+        misbehave: has a fault happen from now on.
         grandchild: the pid of the process that the engine left running, if any.
     """
 
@@ -28,12 +29,14 @@ class Utilities:
         plan: StandInPlan,
         host: Host,
         abort_all: Callable[[], None],
+        misbehave: Callable[[Fault], None],
         grandchild: int | None,
     ) -> None:
         self._boot = boot
         self._plan = plan
         self._host = host
         self._abort_all = abort_all
+        self._misbehave = misbehave
         self._grandchild = grandchild
         self._fault = plan.fault_of(boot.rank, boot.incarnation)
         self._loras: set[int] = set()
@@ -58,9 +61,20 @@ class Utilities:
             "grandchild": self._grandchild,
         }
 
+    def dplaunch_ping(self) -> None:
+        """Nothing: the answer itself is the sign of life."""
+
     def echo(self, value: Any = None) -> Any:
         """The argument."""
         return value
+
+    def misbehave(self, fault: dict[str, Any]) -> None:
+        """Takes on a `Fault`, given by its fields: at once where it is one of AFTER_READY."""
+        self._misbehave(Fault(**{**fault, "when": When(fault.get("when", When.AFTER_READY))}))
+
+    def work(self, seconds: float) -> None:
+        """Does nothing else for so long, as a call that loads weights."""
+        self._host.sleep(seconds)
 
     def get_supported_tasks(self) -> list[str]:
         return ["generate"]

@@ -28,7 +28,7 @@ BACKENDS = {
     "fake": False,
 }
 
-LAUNCH_TIMEOUT_S = 60.0
+LAUNCH_TIMEOUT_S = 180.0
 """Seconds for a group: the first one waits until the helper process has imported vLLM."""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dplaunch.events import Event
 from dplaunch.group import AsyncGroup
-from dplaunch.spec import LaunchSpec, RestartPolicy
+from dplaunch.spec import LaunchSpec, Mode, RestartPolicy
 from dplaunch.testing import STANDIN_ENGINE, StandInPlan
 from dplaunch.testing.tokens import VOCAB_SIZE
 
@@ -28,10 +29,15 @@ TINY_LLAMA = {
 }
 
 
-def tiny_model(directory: Path) -> Path:
+TINY_MOE = {**TINY_LLAMA, "num_local_experts": 4}
+"""One that says that it has experts, for groups in lockstep. A class that vLLM has not seen yet would cost it a
+process that imports everything."""
+
+
+def tiny_model(directory: Path, config: Mapping[str, Any] = TINY_LLAMA) -> Path:
     """A directory that holds all of a model that nobody loads."""
     directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(TINY_LLAMA))
+    (directory / "config.json").write_text(json.dumps(dict(config)))
     return directory
 
 
@@ -46,8 +52,9 @@ def group_spec(directory: Path, backend: str, plan: StandInPlan, dp: int, **opti
         "engine": STANDIN_ENGINE,
     }
     engine_args = options.pop("engine_args", {})
+    in_lockstep = options.get("mode") is Mode.LOCKSTEP
     return LaunchSpec(
-        model=str(tiny_model(directory / "model")),
+        model=str(tiny_model(directory / "model", TINY_MOE if in_lockstep else TINY_LLAMA)),
         dp=dp,
         backend=backend,
         engine_args={

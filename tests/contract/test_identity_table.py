@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +17,8 @@ import pytest
 from dplaunch.backends.mp import MpBackend
 
 from dplaunch import life
-from dplaunch.identity import Identity, base_of
+from dplaunch.identity import base_of
 from dplaunch.inventory import Inventory, local_node
-from dplaunch.rank import Rank
 from dplaunch.spec import LaunchSpec
 from dplaunch.testing import StandInPlan, poll_until_async
 from tests.contract.groups import Watched, group_spec
@@ -60,7 +58,7 @@ class TwoHosts(MpBackend):  # type: ignore[misc]
     What it shows: whatever node a rank is planned for, its names come from its global number.
     """
 
-    async def inventory(self, spec: LaunchSpec) -> Inventory:
+    async def inventory(self, spec: LaunchSpec, more: int = 0) -> Inventory:
         node = local_node()
         return Inventory(nodes=(replace(node, name="first"), replace(node, name="second")))
 
@@ -91,28 +89,10 @@ async def record(cell: Cell, directory: Path) -> Record:
         os.kill(ranks[last].report["pid"], signal.SIGKILL)
         await poll_until_async(lambda: ("ready", 1) in watched.states(last), START_S, "the rank's return")
         names["restart"] = {last: ranks[last].report}
-        names["scale-up"] = {cell.dp: (await scale_up(watched)).report}
+        await group.scale(cell.dp + 1)
+        names["scale-up"] = {cell.dp: group.supervisor.ranks[cell.dp].report}
         assert await group.call("echo", 1) == [1] * (cell.dp + 1)
-        return Record(names, {rank.identity.rank: rank.spec.node for rank in ranks})
-
-
-async def scale_up(watched: Watched) -> Rank:
-    """A further rank of a running group, on its last node.
-
-    There is no command for that yet, but only one way in which it can come: the supervisor brings up a `Rank` of the
-    plan, as at the start and at a restart. Its boot is made by `recipes.make_boot` from its `Identity`, and it is
-    spawned by `Backend.spawn`; nothing else makes ranks, and nothing else makes names.
-    """
-    group = watched.group
-    number = len(group.plan.ranks)
-    node = (await group._backend.inventory(group.spec)).nodes[-1].name if group._backend else ""
-    identity = Identity(group.plan.base_id, number)
-    log_file = group.plan.log_dir / f"rank{number}.log"
-    spec = replace(group.plan.ranks[0], identity=identity, node=node, log_file=log_file)
-    rank = Rank(spec, identity)
-    group.supervisor.ranks.append(rank)
-    await group.supervisor._bring_up(rank, time.monotonic() + START_S)
-    return rank
+        return Record(names, {rank.identity.rank: rank.spec.node for rank in group.supervisor.ranks})
 
 
 _records: dict[Cell, Record] = {}

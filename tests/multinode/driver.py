@@ -10,7 +10,7 @@ from typing import Any
 
 from dplaunch.errors import RequestError
 from dplaunch.events import Event
-from dplaunch.spec import ClusterOptions, LaunchSpec
+from dplaunch.spec import ClusterOptions, LaunchSpec, ProbePolicy
 from dplaunch.sync import Group
 from dplaunch.testing import Fault, StandInPlan, When, expected_tokens
 from tests.contract.groups import group_spec
@@ -140,6 +140,8 @@ def _typed(options: dict[str, Any]) -> dict[str, Any]:
     """LaunchSpec's arguments from what JSON can carry."""
     if "log_dir" in options:
         options["log_dir"] = Path(options["log_dir"])
+    if "probe" in options:
+        options["probe"] = ProbePolicy(**options["probe"])
     if "nodes" in options:
         options["cluster"] = ClusterOptions(nodes=tuple(options.pop("nodes")))
     return options

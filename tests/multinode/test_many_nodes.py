@@ -175,6 +175,28 @@ def test_a_rank_of_a_node_off_the_network_starts_again_where_there_is_room(
         machines.lose(place)
 
 
+def test_ranks_of_a_frozen_node_are_replaced_and_nothing_is_lost(machines: RayCluster, driver3: Dialogue) -> None:
+    probe = {"interval_s": 0.5, "timeout_s": 3.0}
+    ranks = launch(driver3, machines, 2, {"token_delay_s": 0.02}, probe=probe)
+    names = [machines.name(node) for node in range(3)]
+    (frozen,) = (rank for rank in ranks if rank["node"] != names[0])
+    place = names.index(frozen["node"])
+    try:
+        driver3.ask("begin_load", tokens=40)
+        poll_until(lambda: driver3.ask("load").get(SAME, 0) >= 16, what="the load")
+        for process in machines.network.processes(place):
+            process.suspend()
+        machines.lost.add(place)
+        await_event(driver3, f"rank {frozen['rank']} is back", LAUNCH_S)
+        served = driver3.ask("load")[SAME]
+        poll_until(lambda: driver3.ask("load")[SAME] >= served + 32, LAUNCH_S, "further answers")
+        assert set(driver3.ask("end_load")) == {SAME}
+        assert driver3.ask("ranks")[frozen["rank"]]["node"] != frozen["node"]
+    finally:
+        driver3.ask("close")
+        machines.lose(place)
+
+
 def test_a_model_that_a_node_does_not_have_is_refused_before_anything_loads(
     machines: RayCluster, driver3: Dialogue
 ) -> None:

@@ -1,14 +1,16 @@
-"""A Ray cluster for tests below any group; those that use none never start it."""
+"""A Ray cluster and a supervisor for tests below any group; those that use none never start it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dplaunch.testing import poll_until
 from tests.ray_for_tests import RayForTests
+from tests.unit.supervision import Clock, Make, Rig
 
 MakeGroup = Callable[..., Any]
 
@@ -35,3 +37,25 @@ def own_group(cluster: RayForTests) -> Iterator[MakeGroup]:
     yield make
     for group in made:
         ray.util.remove_placement_group(group)
+
+
+@pytest.fixture
+async def make(tmp_path: Path) -> AsyncIterator[Make]:
+    """Makes supervisors over processes that are no processes; each is stopped at the end."""
+    rigs: list[Rig] = []
+
+    def build(**options: Any) -> Rig:
+        rigs.append(Rig(tmp_path, **options))
+        return rigs[-1]
+
+    yield build
+    for rig in rigs:
+        await rig.supervisor.stop("the test is over")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A keeper whose waits take no time and are noted."""
+    clock = Clock()
+    monkeypatch.setattr("dplaunch.keeper.asyncio", clock)
+    return clock

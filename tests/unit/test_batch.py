@@ -87,7 +87,8 @@ async def run(engine: Any, prompts: Any, params: Any = None, **options: Any) -> 
     """run_batch with defaults."""
     defaults = {"slots": 4, "data_parallel_rank": None, "lora_request": None, "on_error": "raise", "progress": False}
     arguments: dict[str, Any] = defaults | options
-    return await run_batch(engine, prompts, params, **arguments)
+    slots = arguments.pop("slots")
+    return await run_batch(engine, prompts, params, slots=slots if callable(slots) else lambda: slots, **arguments)
 
 
 def texts(outputs: list[Any]) -> list[str]:
@@ -227,7 +228,15 @@ async def test_a_prompt_of_no_known_kind_is_a_bad_prompt() -> None:
     assert "prompt 1 failed: a prompt is a string, token ids or chat messages, not float" in str(outputs[1])
 
 
-async def test_a_request_that_was_lost_with_its_rank_may_be_sent_again() -> None:
+async def test_a_request_that_was_lost_is_named_by_index_and_says_whether_to_send_it_again() -> None:
+    engine = FakeEngine()
+    engine.errors["b"] = RequestError("it was on 2 ranks that died")
+    with pytest.raises(RequestError, match="prompt 1: it was on 2 ranks that died") as caught:
+        await run(engine, ["a", "b"])
+    assert (caught.value.index, caught.value.retryable) == (1, False)
+
+
+async def test_a_request_that_its_engine_could_not_serve_may_be_sent_again() -> None:
     engine = FakeEngine()
     engine.finish_reason = "error"
     (error,) = await run(engine, ["a"], on_error="return")
@@ -275,6 +284,7 @@ class FakePool:
         self.aborted: list[tuple[str, bool]] = []
         self.gate = asyncio.Event()
         self.vector = [1.0]
+        self.error: Exception | None = None
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, **options: Any) -> FakePool:
         self.added = {"prompt": prompt, **options}
@@ -282,6 +292,8 @@ class FakePool:
 
     async def get(self) -> Any:
         await self.gate.wait()
+        if self.error is not None:
+            raise self.error
         return SimpleNamespace(outputs=SimpleNamespace(data=self.vector), finished=True)
 
     async def abort(self, request_id: str, *, internal: bool) -> None:
@@ -299,14 +311,15 @@ async def test_a_pooling_request_may_be_pinned_too() -> None:
     assert engine.aborted == []
 
 
-async def test_a_pooling_request_that_was_lost_with_its_rank_is_no_vector() -> None:
+async def test_a_pooling_request_that_was_lost_says_why() -> None:
     from vllm import PoolingParams
 
     engine = FakePool()
     engine.gate.set()
-    engine.vector = []
-    with pytest.raises(RequestError, match="prompt 0 was lost"):
+    engine.error = RequestError("the request was lost: no rank took it", retryable=True)
+    with pytest.raises(RequestError, match="prompt 0: the request was lost: no rank took it") as caught:
         await run(engine, ["a"], PoolingParams(task="embed"))
+    assert (caught.value.index, caught.value.retryable) == (0, True)
 
 
 async def test_an_interrupted_pooling_request_is_aborted() -> None:
@@ -330,10 +343,10 @@ async def test_a_stream_yields_the_pieces_of_one_answer() -> None:
     assert engine.options == [{"data_parallel_rank": 1, "lora_request": None}]
 
 
-async def test_a_stream_that_was_lost_with_its_rank_says_so() -> None:
+async def test_a_stream_that_its_engine_could_not_serve_says_so() -> None:
     engine = FakeEngine()
     engine.finish_reason = "error"
-    with pytest.raises(RequestError, match="the request was lost") as caught:
+    with pytest.raises(RequestError, match="could not answer it") as caught:
         async for _ in stream_one(engine, "hello", None, data_parallel_rank=None, lora_request=None):
             pass
     assert caught.value.retryable

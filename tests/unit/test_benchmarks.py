@@ -49,6 +49,13 @@ def test_a_line_without_a_goal_has_no_verdict() -> None:
     assert line.verdict({"theirs": [10.0], "ours": [9.0]}) == ""
 
 
+def test_a_goal_of_none_is_missed_by_one() -> None:
+    line = Comparison(title="", unit="", base="all", ours="lost", goal=0.0)
+    assert line.verdict({"all": [40.0], "lost": [0.0]}) == "<= 0.00 met"
+    assert line.verdict({"all": [40.0], "lost": [1.0]}) == "<= 0.00 MISSED"
+    assert line.verdict({"all": [0.0], "lost": [1.0]}) == "<= 0.00 MISSED"
+
+
 def test_every_other_round_runs_backwards_and_keeps_all_samples() -> None:
     ran: list[str] = []
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ from dplaunch.spec import ClusterOptions, LaunchSpec
 from dplaunch.ui import UiOptions
 
 HELP_BOUND_S = 1.5
-"""Generous, for a machine under load; 0.1 s is usual."""
+"""Seconds of CPU, generous for slow machines; 0.3 s is usual."""
 
 Served = tuple[LaunchSpec, UiOptions]
 
@@ -69,7 +69,7 @@ class StubBackend:
     async def close(self) -> None:
         self.closed += 1
 
-    async def inventory(self, spec: LaunchSpec) -> Inventory:
+    async def inventory(self, spec: LaunchSpec, more: int = 0) -> Inventory:
         node = Node(name="host", cores=(0, 1), memory_total=32 * 2**30, memory_free=30 * 2**30)
         return Inventory(nodes=(node,))
 
@@ -370,9 +370,11 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_and_version_answer_at_once(flag: str) -> None:
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "dplaunch", flag], check=True, stdout=subprocess.DEVNULL)
-    assert time.perf_counter() - started < HELP_BOUND_S
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Its own time, not the clock's: what else this machine does is no fault of the command.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < HELP_BOUND_S
 
 
 @pytest.mark.parametrize("argv", ["--help", "plan --backend nowhere"])

@@ -10,6 +10,7 @@ import pytest
 
 from dplaunch.client import GroupClient
 from dplaunch.errors import DplaunchError, GroupClosedError, GroupDeadError, UsageError
+from dplaunch.inflight import Failed
 from dplaunch.link import RankLink
 from dplaunch.seam import frontend, wire
 
@@ -27,6 +28,7 @@ class FakeLink:
         self.rank = rank
         self.incarnation = incarnation
         self.closed = False
+        self.heard = 0.0
         self.sent: list[tuple[bytes, Any]] = []
 
     def send(self, kind: bytes, frames: Sequence[Any]) -> None:
@@ -83,10 +85,10 @@ class Rig:
         self.client.up(cast(RankLink, link))
         return link
 
-    def down(self, rank: int) -> FakeLink:
+    def down(self, rank: int, *, blame: bool = True) -> FakeLink:
         """A rank dies, as the supervisor sees it: down, then the sockets are closed."""
         link = self.links.pop(rank)
-        self.client.down(cast(RankLink, link), "SIGKILL(-9)")
+        self.client.down(cast(RankLink, link), "SIGKILL(-9)", blame=blame)
         link.closed = True
         return link
 
@@ -117,6 +119,10 @@ class Rig:
     def outcome(self) -> Any:
         """The next thing that the frontend gets."""
         return self.client.outputs.get_nowait()
+
+    def failed(self) -> list[str]:
+        """The ids of the requests that ended with an error, among all that the frontend gets now."""
+        return [outcome.request_id for outcome in self.outcomes() if isinstance(outcome, Failed)]
 
     def outcomes(self) -> list[Any]:
         """All that the frontend gets now."""
@@ -251,7 +257,7 @@ def test_a_request_that_is_pinned_to_a_rank_that_never_comes_back_fails_by_name(
     rig.client.gone(1)
     rig.add("late", rank=1)
     rig.add("free")
-    assert [part.request_id for outputs in rig.outcomes() for part in outputs.outputs] == ["waits", "late"]
+    assert rig.failed() == ["waits", "late"]
     assert rig.links[0].added == ["free"]
     assert rig.client.unfinished == 1
 
@@ -263,7 +269,7 @@ def test_a_request_that_is_pinned_to_a_rank_that_does_not_come_back_fails_now_an
     rig.add("b", rank=0)
     rig.client.gone(1)
     rig.add("c", rank=1)
-    assert [str(part.finish_reason) for outputs in rig.outcomes() for part in outputs.outputs] == ["error"] * 2
+    assert rig.failed() == ["a", "c"]
     assert rig.client.unfinished == 1
     assert rig.links[0].added == ["b"]
 
@@ -333,26 +339,25 @@ def test_what_has_shown_no_output_is_sent_to_another_rank() -> None:
     assert rig.client.load == {0: 2}
 
 
-def test_what_has_begun_to_answer_ends_with_an_error_that_invites_a_retry() -> None:
-    from vllm.v1.engine import FinishReason
-
+def test_what_has_begun_to_answer_goes_on_elsewhere_with_its_tokens_behind_the_prompt() -> None:
     rig = Rig(2)
     rig.add("a", "b", rank=1)
     rig.client.add(request("c", rank=0))
-    rig.answer(1, output("a"))
-    rig.outcome()
-    rig.down(1)
-    (failed,) = rig.outcomes()
-    assert [(part.request_id, part.finish_reason) for part in failed.outputs] == [("a", FinishReason.ERROR)]
-    assert failed.engine_index == 1
-    assert rig.client.unfinished == 2  # b waits for its rank, c never noticed
-    assert rig.up(1, incarnation=1).added == ["b"]
+    rig.client.add(request("d"))
+    rank = next(rank for rank in (0, 1) if "d" in rig.links[rank].added)
+    rig.answer(rank, output("d"))
+    old = rig.down(rank)
+    assert rig.failed() == []
+    again = rig.links[1 - rank].sent[-1][1]
+    assert (again.request_id, again.prompt_token_ids, again.sampling_params.max_tokens) == ("d", [1, 2, 3, 5], 15)
+    assert old.sent[-1][1].prompt_token_ids == [1, 2, 3]
+    assert rig.client.counters.moved == len(old.added)
 
 
 def test_with_the_last_rank_gone_what_can_wait_waits_for_the_next() -> None:
     rig = Rig(1)
     rig.add("a", "b")
-    rig.down(0)
+    rig.down(0, blame=False)
     assert rig.up(0, incarnation=1).added == ["a", "b"]
     assert rig.client.load == {0: 2}
 
@@ -427,8 +432,7 @@ def test_a_session_that_was_lost_stays_lost_until_it_ends() -> None:
     rig.down(1)
     rig.client.add(request("s", resumable=True))  # the user has not heard of it yet
     rig.client.add(request("s"))
-    outcomes = [part for outputs in rig.outcomes()[1:] for part in outputs.outputs]
-    assert [str(part.finish_reason) for part in outcomes] == ["error"] * 3
+    assert rig.failed() == ["s"] * 3
     assert rig.links[0].added == []
     assert rig.client.unfinished == 0
     rig.client.add(request("s"))  # another one that happens to have its name

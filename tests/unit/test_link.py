@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import zmq
 
-from dplaunch.channel import RankChannel
+from dplaunch.channel import COMPILING, RankChannel
 from dplaunch.link import MESSAGES_PER_TURN, Failure, RankLink, Transport
 from dplaunch.seam import wire
 from dplaunch.testing import poll_until_async
@@ -170,6 +170,17 @@ async def test_phases_and_last_words_arrive_beside_the_handshake(open_link: Open
         await asyncio.wait_for(link.failed.wait(), 5)
     assert seen.phases == ["importing", "loading"]
     assert link.failure == Failure("ValueError", "no such model")
+    link.close()
+
+
+async def test_a_rank_that_compiles_while_it_serves_says_so(open_link: Open, seen: Seen) -> None:
+    link = open_link()
+    with RankEnd(link.handshake_address) as rank, RankChannel(link.handshake_address, 3, 0) as channel:
+        await rank.hello()
+        for phase, compiling in (("warming", False), (COMPILING, True), ("serving", False)):
+            channel.phase(phase)
+            await poll_until_async(lambda phase=phase: seen.phases[-1:] == [phase], 5)  # type: ignore[misc]
+            assert link.compiling is compiling
     link.close()
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from dplaunch import logs
+from dplaunch import tee as tees
 from dplaunch.errors import ExitCode, LogDirError
-from dplaunch.logs import OWNER_FILE, Tee, clean, prepare_log_dir, prune_old, release_log_dir, tail
+from dplaunch.logs import OWNER_FILE, clean, newest, prepare_log_dir, prune_old, release_log_dir, tail
+from dplaunch.tee import Tee
 
 BAR = "Loading:  50%|#####     | 1/2 [00:01<00:01,  1.2it/s]"
 
@@ -115,6 +116,14 @@ def test_pruning_never_touches_what_dplaunch_did_not_make(tmp_path: Path) -> Non
     assert foreign.exists()
 
 
+def test_the_newest_launch_is_told_apart_from_what_else_lies_there(tmp_path: Path) -> None:
+    assert newest(tmp_path / "none") is None
+    (tmp_path / "user").mkdir()
+    assert newest(tmp_path) is None
+    launches(tmp_path, 3)
+    assert newest(tmp_path) == tmp_path / "launch-2"
+
+
 def test_pruning_a_directory_that_is_not_there_does_nothing(tmp_path: Path) -> None:
     assert prune_old(tmp_path / "none") == []
 
@@ -187,6 +196,17 @@ def test_tee_shows_new_lines_with_their_rank(tmp_path: Path) -> None:
     ]
 
 
+def test_tee_can_begin_with_the_last_lines_and_misses_none_that_follow(tmp_path: Path) -> None:
+    log = tmp_path / "rank0.log"
+    log.write_text("one\ntwo\nthree\nunfini")
+    out = io.StringIO()
+    with Tee({0: log}, out, history=2):
+        poll_until(lambda: "three" in out.getvalue())
+        with log.open("a") as file:
+            file.write("shed\n")
+    assert out.getvalue().splitlines() == ["rank 0 | two", "rank 0 | three", "rank 0 | unfinished"]
+
+
 def test_tee_leaves_no_thread_and_stops_twice(tmp_path: Path) -> None:
     tee = Tee({0: tmp_path / "rank0.log"}, io.StringIO())
     tee.start()
@@ -197,7 +217,7 @@ def test_tee_leaves_no_thread_and_stops_twice(tmp_path: Path) -> None:
 
 
 def test_tee_follows_a_file_that_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "TEE_INTERVAL_S", 0.01)
+    monkeypatch.setattr(tees, "TEE_INTERVAL_S", 0.01)
     log = tmp_path / "rank0.log"
     log.write_text("a long line of an earlier launch\n")
     out = io.StringIO()

@@ -415,7 +415,7 @@ def test_the_launchers_environment_is_cleaned_and_the_users_variables_are_set() 
 class StubBackend:
     """Knows the inventory only."""
 
-    async def inventory(self, spec: LaunchSpec) -> Inventory:
+    async def inventory(self, spec: LaunchSpec, more: int = 0) -> Inventory:
         return Inventory(nodes=(cpu(),))
 
 

@@ -122,12 +122,15 @@ def test_json_logs_are_one_object_a_line() -> None:
     lines = [json.loads(line) for line in shown(ReportKind.JSON, first, event("Grüße\nan alle"))]
     assert lines[0] == {
         "at": T0,
+        "time": "1970-01-01T00:16:40.000Z",
+        "kind": "note",
         "level": "info",
         "rank": 1,
         "incarnation": 2,
         "state": "starting",
         "phase": "loading",
         "message": "rank 1 loading",
+        "data": {},
     }
     assert lines[1]["message"] == "Grüße\nan alle"
     assert lines[1]["rank"] is None

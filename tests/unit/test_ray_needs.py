@@ -11,12 +11,13 @@ pytest.importorskip("ray")
 
 from dplaunch.backends import cluster as connection
 from dplaunch.backends import needs
-from dplaunch.backends.needs import Need, check_devices, node_of, user_needs
+from dplaunch.backends.needs import Need, check_devices, more_user_needs, node_of, plan_needs, user_needs
 from dplaunch.backends.ray import RayBackend
+from dplaunch.backends.survey import ClusterNode
 
 from dplaunch.errors import BackendError, UsageError
 from dplaunch.identity import Identity
-from dplaunch.inventory import Inventory
+from dplaunch.inventory import Inventory, Node
 from dplaunch.plan import RankSpec
 from dplaunch.spec import ClusterOptions, ExecutorKind, LaunchSpec
 from tests.ray_for_tests import RayForTests
@@ -67,6 +68,51 @@ def test_too_few_bundles_are_refused_with_the_numbers() -> None:
 def test_devices_of_a_bundle_count_whole_and_a_part_of_one_counts_as_one() -> None:
     assert wanted(1, Bundles({"GPU": 2.0}, GPU))[0].gpus == 3
     assert wanted(1, Bundles({"GPU": 0.5}, {"CPU": 1}))[0].gpus == 1
+
+
+def more(count: int, dp: int, *groups: Any, **options: Any) -> dict[int, Need]:
+    """What ranks hold that join `dp` of them."""
+    held = wanted(dp, *groups, **options)
+    spec = LaunchSpec(dp=dp, cluster=ClusterOptions(placement_groups=groups, **options))
+    found: dict[int, Need] = more_user_needs(spec, held, count)
+    return found
+
+
+def test_ranks_that_join_get_the_bundles_of_a_group_for_all_that_nobody_has() -> None:
+    shared = Bundles(*[GPU] * 6)
+    joined = more(2, 2, shared, bundle_indices=((4,), (0,)))
+    assert {rank: need.bundles for rank, need in joined.items()} == {2: (1,), 3: (2,)}
+    assert [(need.group, need.gpus) for need in joined.values()] == [(shared, 1)] * 2
+
+
+def test_ranks_that_find_no_bundle_in_the_users_groups_are_refused() -> None:
+    with pytest.raises(UsageError, match="has 3 bundles, 1 of them unused: 2 more ranks need 2"):
+        more(2, 2, Bundles(*[GPU] * 3), bundle_indices=((0,), (1,)))
+    with pytest.raises(UsageError, match="each of the 2 has a placement group of its own"):
+        more(1, 2, Bundles(GPU), Bundles(GPU))
+
+
+def test_a_rank_that_joins_where_its_group_has_all_cpus_takes_none(tmp_path: Path) -> None:
+    node = ClusterNode(
+        id="n",
+        name="a",
+        address="a",
+        here=True,
+        node=Node(name="a", cores=(), memory_total=1, memory_free=1),
+        free={"CPU": 0.0, "GPU": 0.0},
+    )
+    rank = RankSpec(
+        identity=Identity("base", 2),
+        node="a",
+        device_type="cpu",
+        devices=("0",),
+        env={},
+        cpus=(0,),
+        log_file=tmp_path / "log",
+    )
+    need = plan_needs([rank], {"a": node}, 1.0)[2]
+    assert (need.cpus, need.shapes()) == (0.0, [{"memory": 1.0}])
+    assert need.fits(node)
 
 
 def test_bundles_with_other_than_the_ranks_devices_are_refused(tmp_path: Path) -> None:

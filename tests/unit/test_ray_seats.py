@@ -18,6 +18,7 @@ from dplaunch.backends import seat
 from dplaunch.backends.cluster import NAMESPACE
 from dplaunch.backends.needs import Need
 from dplaunch.backends.ray import RayBackend
+from dplaunch.backends.seats import Seats
 
 from dplaunch.backend import Exit, RankHandle
 from dplaunch.errors import BackendError
@@ -107,6 +108,25 @@ async def test_what_finds_no_place_is_told_with_what_it_wants(
     monkeypatch.setattr(seat, "PLACE_TIMEOUT_S", 0.5)
     with pytest.raises(BackendError, match=r"gave huge no place within .* it wants 1 CPU and 40 GPU"):
         await seat.take("huge", Need(cpus=1, gpus=40), None)
+
+
+async def test_a_seat_without_a_cpu_is_given_where_all_are_taken(cluster: RayForTests) -> None:
+    import ray
+
+    free = ray.available_resources()["CPU"]
+    seats = Seats()
+    seats.needs = {0: Need(cpus=free), 1: Need(cpus=0.0)}
+    try:
+        await seats.take(0, "all", None)
+        taken = await seats.take(1, "none", None)
+        assert taken.sight.pid > 0
+        await seats.release(0)
+        # Who plans next sees it as free, with no further wait.
+        assert ray.available_resources()["CPU"] == free
+        assert seats.get(0) is None
+        assert seats.get(1) is not None
+    finally:
+        await seats.close()
 
 
 # A rank and its seat.

@@ -12,15 +12,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from dplaunch import seam
-from dplaunch.errors import VllmError
+from dplaunch.errors import RequestError, VllmError
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
-from dplaunch.seam import frontend, rank, wire
+from dplaunch.seam import failures, frontend, rank, wire
 from dplaunch.seam.config import check_version
 from dplaunch.seam.preload import exec_environment
 from tests.contract.groups import tiny_model
@@ -68,7 +69,23 @@ SIGNATURES: Mapping[str, str] = {
     ),
     "vllm.v1.engine.async_llm:AsyncLLM.shutdown": "self, timeout=",
     "vllm.v1.engine.output_processor:OutputProcessor.propagate_error": "self, e",
+    "vllm.v1.engine.output_processor:OutputProcessor.abort_requests": "self, request_ids, internal",
+    "vllm.v1.engine.output_processor:RequestOutputCollector.put": "self, output",
+    "vllm.exceptions:GracefulHTTPError": "message, http_status",
+    "vllm.entrypoints.serve.exception_handling.error_response:create_error_response": (
+        "message, err_type=, status_code=, param="
+    ),
     "vllm.v1.engine.exceptions:EngineDeadError": "*args, suppress_context=, **kwargs",
+    # resize.py
+    "vllm.v1.metrics.loggers:StatLoggerManager": (
+        "vllm_config, engine_idxs=, custom_stat_loggers=, enable_default_loggers=, aggregate_engine_logging=, "
+        "client_count="
+    ),
+    "vllm.v1.metrics.loggers:PerEngineStatLoggerAdapter": (
+        "vllm_config, engine_indexes, per_engine_stat_logger_factory"
+    ),
+    "vllm.v1.metrics.loggers:PrometheusStatLogger": "vllm_config, engine_indexes=",
+    "vllm.v1.metrics.loggers:PrometheusStatLogger.log_engine_initialized": "self",
     # config.py
     "vllm.engine.arg_utils:AsyncEngineArgs.from_cli_args": "args",
     "vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config": "self, usage_context=, headless=",
@@ -101,17 +118,24 @@ SIGNATURES: Mapping[str, str] = {
         "reasoning_parser_kwargs="
     ),
     "vllm.v1.engine.async_llm:AsyncLLM.abort": "self, request_id, internal=",
+    "vllm.v1.engine.async_llm:AsyncLLM.check_health": "self",
 }
 """What we call or override, as "module:name", with its parameters; a trailing = means that there is a default."""
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine:EngineCoreRequest": (
         *("request_id", "data_parallel_rank", "client_index", "resumable", "abort_immediately", "pooling_params"),
+        *("prompt_token_ids", "sampling_params", "mm_features", "prompt_embeds", "external_req_id"),
     ),
     "vllm.v1.engine:EngineCoreOutputs": (
         *("engine_index", "outputs", "scheduler_stats", "utility_output", "finished_requests"),
     ),
-    "vllm.v1.engine:EngineCoreOutput": ("request_id", "new_token_ids", "finish_reason"),
+    "vllm.v1.engine:EngineCoreOutput": (
+        *("request_id", "new_token_ids", "finish_reason", "new_logprobs", "new_prompt_logprobs_tensors", "events"),
+        *("prompt_token_id_logprobs", "prefill_stats", "new_sampling_mask"),
+    ),
+    "vllm.v1.engine.output_processor:RequestState": ("parent_req", "queue"),
+    "vllm.v1.engine.parallel_sampling:ParentRequest": ("child_requests",),
     "vllm.v1.engine:UtilityOutput": ("call_id", "failure_message", "result"),
     "vllm.v1.serial_utils:UtilityResult": ("result",),
     "vllm.config:VllmConfig": (
@@ -365,18 +389,23 @@ def test_a_utility_call_and_its_answer_arrive_whole() -> None:
     assert (got.call_id, got.failure_message, got.result.result) == (4, None, {"free": 3})
 
 
-def test_a_lost_request_ends_as_an_engine_itself_would_end_it() -> None:
-    from vllm import PoolingParams, SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
+def test_an_error_of_ours_is_one_that_vllm_hands_on_and_knows_the_status_of() -> None:
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.exceptions import GracefulHTTPError
 
-    requests = [
-        EngineCoreRequest("a", [1], None, SamplingParams(), None, 0.0, None, None, None),
-        EngineCoreRequest("b", [1], None, None, PoolingParams(task="embed"), 0.0, None, None, None),
-    ]
-    first, second = wire.failed_outputs(requests).outputs
-    assert (first.request_id, str(first.finish_reason), first.new_token_ids) == ("a", "error", [])
-    assert first.pooling_output is None
-    assert (second.request_id, str(second.finish_reason), second.pooling_output.numel()) == ("b", "error", 0)
+    for retryable, status in ((True, 503), (False, 500)):
+        failure = failures.as_failure(RequestError("rank 1 died of it", retryable=retryable))
+        assert isinstance(failure, GracefulHTTPError)
+        assert (failure.message, failure.retryable) == ("rank 1 died of it", retryable)
+        answer = create_error_response(failure).error
+        assert (answer.message, answer.code) == ("rank 1 died of it", status)
+
+
+def test_vllm_hands_such_an_error_on_as_it_is() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    for method in (AsyncLLM.generate, AsyncLLM.encode):
+        assert "except (VLLMClientError, GracefulHTTPError)" in inspect.getsource(method)
 
 
 # vLLM's version.
@@ -513,3 +542,50 @@ def test_what_vllm_refuses_is_told_in_one_line(
     assert all(word in error["message"] for word in words), error
     assert "\n" not in error["message"]
     assert hint in error["hint"]
+
+
+# Another number of ranks.
+
+
+def test_vllms_metrics_are_all_made_through_classes_that_can_be_replaced() -> None:
+    from prometheus_client import Counter, Gauge, Histogram
+    from vllm.v1.metrics import loggers
+
+    own = loggers.PrometheusStatLogger
+    assert {own._counter_cls, own._gauge_cls, own._histogram_cls} == {Counter, Gauge, Histogram}
+    parts = [name for name in dir(own) if name.endswith("_cls")]
+    assert len(parts) == 7
+    for name in parts:
+        if getattr(own, name) not in (Counter, Gauge, Histogram):
+            assert [part for part in dir(getattr(own, name)) if part.endswith("_cls")]
+    # Whatever it makes it makes so.
+    names = own.__init__.__code__.co_names
+    assert not {"Counter", "Gauge", "Histogram"} & set(names)
+
+
+def test_vllm_counts_ranks_and_their_loggers_where_we_change_their_number() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter, StatLoggerManager
+
+    assert "data_parallel_size" in inspect.getsource(InputProcessor.process_inputs)
+    handler = inspect.getsource(AsyncLLM._run_output_handler)
+    # The manager stays the same object: only what it has is replaced.
+    assert "self._logger_ref = [self.logger_manager]" in handler
+    assert {"engine_indexes", "stat_loggers"} <= set(StatLoggerManager.__init__.__code__.co_names)
+    assert "per_engine_stat_loggers" in PerEngineStatLoggerAdapter.record.__code__.co_names
+
+
+def test_a_rank_says_when_torch_compiles_something() -> None:
+    import torch
+    from torch._dynamo.callback import callback_handler
+
+    phases: list[str] = []
+    before = list(callback_handler.start_callbacks), list(callback_handler.end_callbacks)
+    rank._tell_compiling(cast(Any, SimpleNamespace(phase=phases.append)))
+    try:
+        compiled = torch.compile(lambda x: x + 1, backend="eager")
+        assert compiled(torch.zeros(1)).item() == 1.0
+        assert phases == ["compiling", "serving"]
+    finally:
+        callback_handler.start_callbacks, callback_handler.end_callbacks = before

@@ -50,6 +50,8 @@ class FakeGroup:
         self.reasons: list[str] = []
         self.handle = FakeHandle()
         self.has_ranks = True
+        self.sight = SimpleNamespace(address=None, on_stop=None)
+        self.drain_s = 0.0
         self.is_planned = True
         self.engine = object()
         self.config = SimpleNamespace(server_args=SimpleNamespace(uvicorn_log_level="info"))

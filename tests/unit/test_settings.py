@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dplaunch.errors import UsageError
-from dplaunch.settings import OPTIONS, build_spec, build_ui, parse_devices, parse_env, parse_nodes, read_config
+from dplaunch.options import OPTIONS
+from dplaunch.settings import build_spec, build_ui, parse_devices, parse_env, parse_nodes, read_config
 from dplaunch.spec import ClusterOptions, ExecutorKind, LaunchSpec, StartMethod
 from dplaunch.ui import UiOptions
 

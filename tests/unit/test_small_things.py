@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from dplaunch import errors
 from dplaunch.backend import BACKEND_GROUP, Exit, find_backend, load_backend
 from dplaunch.errors import BackendError, DplaunchError, ExitCode, RequestError
 from dplaunch.events import Event, Level, RankState
+from dplaunch.limits import allow_open_files
 from dplaunch.runtime_dir import make_runtime_dir
 from dplaunch.sync import new_loop
 from dplaunch.testing import poll_until, poll_until_async
@@ -226,3 +228,16 @@ def test_exit_codes_do_not_collide() -> None:
 def test_polling_that_ends_without_a_result_names_what_it_waited_for() -> None:
     with pytest.raises(TimeoutError, match=r"the end of days did not come within 0\.02 s"):
         poll_until(lambda: False, 0.02, "the end of days")
+
+
+# Limits.
+
+
+def test_the_command_may_open_as_many_files_as_the_kernel_lets_it() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+        allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -3,253 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from dplaunch.backend import Backend, Exit, RankBoot
-from dplaunch.client import GroupClient
+from dplaunch.backend import Exit, RankBoot
+from dplaunch.backoff import backoff_s
 from dplaunch.errors import BackendError, DplaunchError, GroupDeadError, RankFailedError, StartTimeoutError
-from dplaunch.events import Event, Level, RankState
-from dplaunch.identity import Identity
-from dplaunch.link import Failure, RankLink
-from dplaunch.plan import LaunchPlan, RankSpec
-from dplaunch.rank import LEGAL, Rank
-from dplaunch.seam.rank import REPORT
-from dplaunch.spec import ExecutorKind, LaunchSpec, Mode, RestartPolicy
-from dplaunch.supervisor import Supervisor
+from dplaunch.events import Kind, Level, RankState
+from dplaunch.spec import ProbePolicy, RestartPolicy
 from dplaunch.testing import poll_until_async
-
-KILLED = Exit(signal=9)
-
-
-class FakeHandle:
-    """A process that ends when it is told to, or, stubborn, only when it is killed."""
-
-    def __init__(self, boot: RankBoot) -> None:
-        self.boot = boot
-        self.pid = 1000 + boot.rank
-        self.node = "here"
-        self.signals: list[str] = []
-        self.stubborn = False
-        self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-
-    def describe(self) -> str:
-        return f"pid {self.pid}"
-
-    def poll(self) -> Exit | None:
-        return self._exit.result() if self._exit.done() else None
-
-    async def wait(self) -> Exit:
-        return await asyncio.shield(self._exit)
-
-    def terminate(self) -> None:
-        self.signals.append("SIGTERM")
-        if not self.stubborn:
-            self.end(Exit(code=0))
-
-    def kill(self) -> None:
-        if self.poll() is None:
-            self.signals.append("SIGKILL")
-            self.end(KILLED)
-
-    def end(self, exit_: Exit) -> None:
-        """Ends it from outside."""
-        if not self._exit.done():
-            self._exit.set_result(exit_)
-
-
-class FakeLink:
-    """The sockets of an incarnation."""
-
-    def __init__(self, identity: Identity, on_phase: Callable[[str], None]) -> None:
-        self.identity = identity
-        self.rank = identity.rank
-        self.on_phase = on_phase
-        self.ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self.failed = asyncio.Event()
-        self.failure: Failure | None = None
-        self.closed = False
-
-    def close(self) -> None:
-        self.closed = True
-
-    def say(self, kind: str, message: str) -> None:
-        """The rank's last words."""
-        self.failure = Failure(kind, message)
-        self.failed.set()
-
-
-class FakeClient:
-    """Notes what the supervisor says, and answers its calls with what an honest rank would say."""
-
-    def __init__(self) -> None:
-        self.said: list[tuple[str, int]] = []
-        self.dead: list[DplaunchError] = []
-        self.lie: dict[str, Any] = {}
-
-    def up(self, link: FakeLink) -> None:
-        self.said.append(("up", link.rank))
-
-    def down(self, link: FakeLink, reason: str) -> None:
-        self.said.append(("down", link.rank))
-
-    def gone(self, rank: int) -> None:
-        self.said.append(("gone", rank))
-
-    def die(self, error: DplaunchError) -> None:
-        self.dead.append(error)
-
-    async def call_link(self, link: FakeLink, method: str) -> dict[str, Any]:
-        assert method == REPORT
-        identity = link.identity
-        honest = {"instance_id": identity.instance_id, "engine_id": None, "data_parallel_index": identity.rank}
-        return {**honest, **self.lie}
-
-
-class Clock:
-    """asyncio, but its sleeps take no time and are noted."""
-
-    def __init__(self) -> None:
-        self.slept: list[float] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(asyncio, name)
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        await asyncio.sleep(0)
-
-
-def make_boot(spec: RankSpec, identity: Identity, link: RankLink) -> RankBoot:
-    """As much of a boot as a supervisor looks at."""
-    return RankBoot(
-        name="",
-        rank=identity.rank,
-        incarnation=identity.incarnation,
-        process_title="",
-        instance_id=identity.instance_id,
-        engine_id=None,
-        handshake_address="",
-        env={},
-        cpus=(),
-        log_file=None,
-        engine="",
-        payload=b"",
-        sys_path=(),
-    )
-
-
-class Rig:
-    """A supervisor, and all that it sees."""
-
-    def __init__(self, directory: Path, **options: Any) -> None:
-        self.spec = LaunchSpec(**{"dp": 2, "shutdown_timeout_s": 5.0, "restart": RestartPolicy(limit=0), **options})
-        self.events: list[Event] = []
-        self.client = FakeClient()
-        self.handles: list[FakeHandle] = []
-        self.links: list[FakeLink] = []
-        self.gone: list[DplaunchError] = []
-        self.on_spawn: Callable[[FakeHandle, FakeLink], None] = lambda handle, link: link.ready.set_result({"n": 1})
-        self.data_path: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.data_path.set_result(None)
-        self.supervisor = self._supervisor(directory)
-
-    def _supervisor(self, directory: Path) -> Supervisor:
-        ranks = tuple(
-            RankSpec(
-                identity=Identity("base", rank),
-                node="here",
-                device_type="cpu",
-                devices=(),
-                env={},
-                cpus=(),
-                log_file=directory / f"{rank}.log",
-            )
-            for rank in range(self.spec.dp)
-        )
-        plan = LaunchPlan(
-            spec=self.spec,
-            base_id="base",
-            model="m",
-            model_note="",
-            mode=Mode.INDEPENDENT,
-            mode_reason="",
-            executor=ExecutorKind.UNI,
-            executor_reason="",
-            engine_defaults={},
-            log_dir=directory,
-            ranks=ranks,
-        )
-        return Supervisor(
-            plan,
-            cast(Backend, self),
-            cast(GroupClient, self.client),
-            make_boot=make_boot,
-            make_link=self._link,
-            data_path=cast(Awaitable[None], self.data_path),
-            emit=self.events.append,
-            on_dead=self.gone.append,
-        )
-
-    def _link(self, identity: Identity, on_phase: Callable[[str], None]) -> RankLink:
-        self.links.append(FakeLink(identity, on_phase))
-        return cast(RankLink, self.links[-1])
-
-    async def spawn(self, boot: RankBoot) -> FakeHandle:
-        """The one verb of a backend that a supervisor uses."""
-        handle = FakeHandle(boot)
-        self.handles.append(handle)
-        link = next(link for link in self.links if link.identity.instance_id == boot.instance_id)
-        self.on_spawn(handle, link)
-        return handle
-
-    @property
-    def ranks(self) -> list[Rank]:
-        return self.supervisor.ranks
-
-    def states(self, rank: int) -> list[str]:
-        """What a rank went through."""
-        return [event.state for event in self.events if event.rank == rank and event.state and not event.phase]
-
-    async def until(self, rank: int, state: RankState) -> None:
-        """Waits until a rank is there."""
-        await poll_until_async(lambda: self.ranks[rank].state is state, 5, f"rank {rank} {state}")
-
-    async def dies(self, rank: int, incarnation: int = 0, exit_: Exit = KILLED) -> None:
-        """Waits for an incarnation to be ready, and ends it."""
-        await poll_until_async(
-            lambda: self.ranks[rank].state is RankState.READY and self.ranks[rank].identity.incarnation == incarnation
-        )
-        handle = self.ranks[rank].handle
-        assert isinstance(handle, FakeHandle)
-        handle.end(exit_)
-
-
-Make = Callable[..., Rig]
-
-
-@pytest.fixture
-async def make(tmp_path: Path) -> AsyncIterator[Make]:
-    rigs: list[Rig] = []
-
-    def build(**options: Any) -> Rig:
-        rigs.append(Rig(tmp_path, **options))
-        return rigs[-1]
-
-    yield build
-    for rig in rigs:
-        await rig.supervisor.stop("the test is over")
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("dplaunch.supervisor.asyncio", clock)
-    return clock
-
+from tests.unit.supervision import KILLED, Clock, FakeHandle, FakeLink, Make
 
 # The start.
 
@@ -265,9 +31,7 @@ async def test_a_start_returns_when_every_rank_has_proved_itself(make: Make) -> 
 
 
 async def test_a_rank_takes_no_requests_before_the_launcher_can_talk_to_it(make: Make) -> None:
-    rig = make()
-    rig.data_path = asyncio.get_running_loop().create_future()
-    rig.supervisor._data_path = asyncio.ensure_future(rig.data_path)
+    rig = make(data_path=asyncio.get_running_loop().create_future())
     starting = asyncio.create_task(rig.supervisor.start())
     await poll_until_async(lambda: len(rig.handles) == 2)
     await asyncio.sleep(0)
@@ -419,18 +183,22 @@ async def test_a_rank_that_dies_leaves_routing_and_comes_back_under_a_new_name(m
     assert old.closed
     assert not new.closed
     news = [event for event in rig.events if event.level is Level.WARNING]
-    assert "SIGKILL(-9)" in news[0].message
-    assert "is back" in news[1].message
+    assert "SIGKILL(-9), likely because the host or its cgroup ran out of memory" in news[0].message
+    assert re.search(r"rank 1 is back after \d+\.\d s, pid 1001", news[1].message)
+    assert len(rig.ranks[1].recovery_s) == rig.ranks[1].restart_count == 1
 
 
 async def test_restarts_back_off_and_end_at_the_limit(make: Make, clock: Clock) -> None:
-    rig = make(restart=RestartPolicy(limit=4, backoff_s=1.5))
+    rig = make(restart=RestartPolicy(limit=4, backoff_s=1.5, jitter=0))
     await rig.supervisor.start()
     for incarnation in range(5):
         await rig.dies(1, incarnation)
     await rig.until(1, RankState.FAILED)
     assert clock.slept == [1.5, 3.0, 6.0]  # the first is at once
-    assert "4 restarts in 300 s" in rig.events[-1].message
+    given_up, degraded = rig.events[-2:]
+    assert given_up.message == "rank 1 does not come back: 4 restarts in 300 s"
+    assert (degraded.kind, degraded.level) == (Kind.GROUP, Level.ERROR)
+    assert degraded.message == "the group goes on without rank 1: 1 of 2 ranks are left, 1 are needed"
     assert rig.client.said[-1] == ("gone", 1)
     assert rig.ranks[0].state is RankState.READY
     assert rig.gone == []
@@ -445,8 +213,27 @@ async def test_restarts_outside_the_window_no_longer_count(make: Make, clock: Cl
     assert clock.slept == []
 
 
+async def test_ranks_that_died_together_do_not_start_together(make: Make, clock: Clock) -> None:
+    rig = make(dp=8, restart=RestartPolicy(backoff_s=10, jitter=0.5))
+    await rig.supervisor.start()
+    for handle in list(rig.handles):
+        handle.end(KILLED)
+    await poll_until_async(lambda: len(rig.handles) == 16 and rig.supervisor.ready_count == 8)
+    # The first is started at once; for the others up to half of the back-off is left to chance.
+    assert len(clock.slept) == len(set(clock.slept)) == 7
+    assert all(0 < slept <= 5 for slept in clock.slept)
+
+
+def test_a_wait_grows_and_a_share_of_it_is_left_to_chance() -> None:
+    policy = RestartPolicy(backoff_s=2, jitter=0.25, window_s=10)
+    waits = [[backoff_s(count, policy) for _ in range(50)] for count in range(5)]
+    assert set(waits[0]) == {0.0}
+    for some, (least, most) in zip(waits[1:], [(1.5, 2), (3, 4), (6, 8), (7.5, 10)], strict=True):
+        assert least <= min(some) < max(some) <= most
+
+
 async def test_a_restart_that_fails_counts_against_the_limit(make: Make, clock: Clock) -> None:
-    rig = make(restart=RestartPolicy(limit=3))
+    rig = make(restart=RestartPolicy(limit=3, jitter=0))
     await rig.supervisor.start()
     rig.on_spawn = lambda handle, link: handle.end(Exit(signal=11))
     await rig.dies(1)
@@ -484,6 +271,102 @@ async def test_a_hung_restart_is_killed_at_the_deadline(make: Make, clock: Clock
     assert rig.handles[-1].signals == ["SIGKILL"]
 
 
+# A rank that hangs, or says itself that it is about to end.
+
+PROBE = ProbePolicy(interval_s=0.02, timeout_s=0.2)
+
+
+async def test_a_rank_that_does_not_answer_is_taken_out_killed_and_replaced(make: Make) -> None:
+    rig = make(restart=RestartPolicy(), probe=PROBE)
+    await rig.supervisor.start()
+    hung = rig.handles[1]
+    rig.client.silent.add(1)
+    hung.on_dump_stack = lambda: rig.client.silent.clear()  # its next incarnation answers
+    await poll_until_async(lambda: rig.client.said[2:] == [("down", 1), ("up", 1)])
+    assert hung.signals == ["stack", "SIGKILL"]
+    (news,) = [event for event in rig.events if event.kind is Kind.HANG]
+    assert news.message == "rank 1 has not answered for 0.2 s: it is ended and replaced"
+    assert rig.client.reasons == [news.message]
+    assert rig.ranks[1].last_exit == Exit(
+        signal=9, reason="it did not answer for 0.2 s and was ended; it was stopped, or stuck in the kernel"
+    )
+    (down,) = [event.message for event in rig.events if event.state is RankState.DOWN]
+    assert "rank 1 died while serving: SIGKILL(-9): it did not answer for 0.2 s and was ended" in down
+    assert "likely because" not in down
+
+
+async def test_where_a_rank_was_stuck_is_in_its_log_before_it_is_killed(make: Make, tmp_path: Path) -> None:
+    rig = make(dp=1, restart=RestartPolicy(), probe=PROBE)
+    await rig.supervisor.start()
+    rig.client.silent.add(0)
+
+    def write() -> None:
+        assert "SIGKILL" not in rig.handles[0].signals
+        (tmp_path / "0.log").write_text("Current thread 0x1 (most recent call first)")
+        rig.client.silent.clear()
+
+    rig.handles[0].on_dump_stack = write
+    await poll_until_async(lambda: len(rig.handles) == 2)
+    assert "its log ends with where it was stuck" in str(rig.ranks[0].last_exit)
+
+
+async def test_a_hung_rank_whose_end_is_not_seen_is_replaced_all_the_same(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a node that is frozen.
+    monkeypatch.setattr("dplaunch.watch.KILL_WAIT_S", 0.05)
+    rig = make(dp=1, restart=RestartPolicy(), probe=PROBE)
+    await rig.supervisor.start()
+    rig.client.silent.add(0)
+    rig.handles[0].immortal = True
+    rig.handles[0].on_dump_stack = rig.client.silent.clear
+    await poll_until_async(lambda: rig.supervisor.ranks[0].identity.incarnation == 1)
+    assert "its end was not seen" in str(rig.ranks[0].last_exit)
+    rig.handles[0].immortal = False
+
+
+async def test_a_hung_rank_is_not_counted_as_ready_while_it_is_ended(make: Make) -> None:
+    rig = make(restart=RestartPolicy(), probe=PROBE)
+    await rig.supervisor.start()
+    assert rig.supervisor.ready_count == 2
+    rig.client.silent.add(1)
+    counts: list[int] = []
+
+    def look() -> None:
+        counts.append(rig.supervisor.ready_count)
+        rig.client.silent.clear()
+
+    rig.handles[1].on_dump_stack = look
+    await poll_until_async(lambda: len(rig.handles) == 3)
+    assert counts == [1]
+
+
+async def test_a_rank_whose_engine_says_that_it_is_dead_leaves_at_once_and_may_end_by_itself(make: Make) -> None:
+    rig = make(restart=RestartPolicy())
+    await rig.supervisor.start()
+    rig.supervisor.engine_failed(1)
+    await poll_until_async(lambda: rig.client.said[2:] == [("down", 1)])
+    assert rig.handles[1].signals == []
+    assert rig.supervisor.ready_count == 1
+    rig.links[1].say("RuntimeError", "CUDA error: device-side assert triggered")
+    rig.handles[1].end(Exit(code=1))
+    await poll_until_async(lambda: rig.supervisor.ready_count == 2)
+    (down,) = [event.message for event in rig.events if event.state is RankState.DOWN]
+    words = "rank 1 died while serving: exit code 1: RuntimeError: CUDA error: device-side assert triggered; log: "
+    assert words in down
+
+
+async def test_a_rank_whose_engine_is_dead_and_that_does_not_end_is_killed(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dplaunch.watch.ENGINE_END_S", 0.05)
+    rig = make(restart=RestartPolicy())
+    await rig.supervisor.start()
+    rig.supervisor.engine_failed(0)
+    await poll_until_async(lambda: len(rig.handles) == 3)
+    assert rig.handles[0].signals == ["SIGKILL"]
+
+
 # The end of a group.
 
 
@@ -495,7 +378,7 @@ async def test_the_group_is_dead_below_min_ranks_and_says_why(make: Make, tmp_pa
     await rig.until(1, RankState.FAILED)
     (error,) = rig.gone
     assert isinstance(error, GroupDeadError)
-    assert error.message == "1 of 2 ranks are left, 2 are needed: rank 1 died while serving: SIGKILL(-9)"
+    assert error.message.startswith("1 of 2 ranks are left, 2 are needed: rank 1 died while serving: SIGKILL(-9), ")
     assert "Restarts are off" in error.hint
     assert "what it died of" in error.detail
     assert rig.client.dead == [error]
@@ -508,9 +391,13 @@ async def test_the_group_goes_on_degraded_as_long_as_min_ranks_are_left(make: Ma
         await rig.dies(rank)
         await rig.until(rank, RankState.FAILED)
     assert rig.gone == []
-    await rig.dies(2)
+    await rig.dies(2, exit_=Exit(signal=4))
     await rig.until(2, RankState.FAILED)
-    assert len(rig.gone) == 1
+    (error,) = rig.gone
+    assert "rank 2 died while serving: SIGILL(-4)" in error.message
+    # What went before is told too.
+    assert "rank 0 died while serving: SIGKILL(-9)" in error.detail
+    assert "rank 1 died while serving: SIGKILL(-9)" in error.detail
 
 
 # Stopping.
@@ -597,24 +484,3 @@ async def test_an_exit_that_was_asked_for_is_no_death(make: Make) -> None:
     await rig.supervisor.stop("enough")
     assert [event for event in rig.events if event.level is not Level.INFO] == []
     assert ("down", 0) not in rig.client.said
-
-
-# States.
-
-
-def a_rank_in(state: RankState | None) -> Rank:
-    return Rank(cast(RankSpec, None), Identity("base", 5), state)
-
-
-def test_every_state_has_its_legal_successors_and_stopped_is_the_end() -> None:
-    assert set(LEGAL) == {None, *RankState}
-    assert LEGAL[RankState.STOPPED] == set()
-
-
-def test_no_rank_takes_an_illegal_step() -> None:
-    for state, legal in LEGAL.items():
-        for following in set(RankState) - legal:
-            rank = a_rank_in(state)
-            with pytest.raises(RuntimeError, match="rank 5 cannot go from"):
-                rank.enter(following)
-            assert rank.state is state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -48,6 +49,21 @@ async def test_a_rank_has_the_signals_of_a_fresh_process_and_nothing_of_the_zygo
     pidfds = [name for name in saw["files"] if "pidfd" in name]
     assert len(pidfds) <= 1, "only its own watch over the launcher"
     assert not [name for name in saw["files"] if "zygote-log" in name]
+
+
+async def test_an_engine_is_imported_once_for_all_ranks(tmp_path: Path) -> None:
+    # A zygote that has imported nothing of ours.
+    async with Rig(tmp_path, preload="gc:collect") as rig:
+        saw = [(await rig.start("tell_all"))[1] for _ in range(2)]
+        assert [each["imported_in"] for each in saw] == [rig.zygote_pid] * 2
+
+
+async def test_an_engine_that_cannot_be_imported_ends_its_rank_and_not_the_zygote(rig: Rig) -> None:
+    before = rig.zygote_pid
+    boot = dataclasses.replace(rig.boot("end_well"), engine="no_such_module:run")
+    assert await (await rig.backend.spawn(boot)).wait() == Exit(code=1)
+    await rig.start("end_well")
+    assert rig.zygote_pid == before
 
 
 async def test_the_zygote_has_one_thread(rig: Rig) -> None:

@@ -19,6 +19,7 @@ PRELOAD = f"{__name__}:preload"
 BROKEN_PRELOAD = f"{__name__}:broken_preload"
 
 preloaded_in: list[int] = []
+imported_in = os.getpid()
 
 
 def preload() -> None:
@@ -100,6 +101,7 @@ def tell_all(boot: RankBoot, channel: RankChannel) -> None:
         main=getattr(main, "__file__", None),
         in_main_thread=threading.current_thread() is threading.main_thread(),
         preloaded_in=preloaded_in,
+        imported_in=imported_in,
         env=dict(os.environ),
         cwd=os.getcwd(),
         handlers=[number for number in signal.valid_signals() if callable(signal.getsignal(number))],

@@ -1,0 +1,86 @@
+"""Which rank takes the next request: the one with the fewest in flight, and among equals the one whose turn it is.
+
+A step costs the same for two ranks and for hundreds: ranks stand in queues by their load, and where a request begins
+or ends, its rank moves by one queue.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+
+
+class Router:
+    """Counts what each rank has in flight, and chooses among those that are open. Knows ranks by number only."""
+
+    def __init__(self) -> None:
+        self._load: Counter[int] = Counter()
+        self._open: set[int] = set()
+        # Open ranks by load; the first in a queue has stood there longest. There are no empty queues.
+        self._queues: dict[int, OrderedDict[int, None]] = {}
+        self._lowest = 0
+
+    @property
+    def ranks(self) -> list[int]:
+        """The open ranks, in order."""
+        return sorted(self._open)
+
+    def is_open(self, rank: int) -> bool:
+        """Whether the rank may be chosen."""
+        return rank in self._open
+
+    def load(self, rank: int) -> int:
+        """Requests in flight on a rank, open or not."""
+        return self._load[rank]
+
+    def open(self, rank: int) -> None:
+        """The rank may be chosen from now on."""
+        if rank not in self._open:
+            self._open.add(rank)
+            self._enqueue(rank)
+
+    def close(self, rank: int) -> None:
+        """The rank is chosen no more. What it has in flight still counts, and more may be sent to it by name."""
+        if rank in self._open:
+            self._open.remove(rank)
+            self._dequeue(rank)
+
+    def choose(self) -> int | None:
+        """The open rank with the lowest load; ties go round, or one rank would get every request of a quiet group.
+
+        Returns None where no rank is open. Counts nothing: `begin` does.
+        """
+        return next(iter(self._queues[self._lowest])) if self._open else None
+
+    def begin(self, rank: int) -> None:
+        """One request more is in flight on the rank."""
+        self._change(rank, self._load[rank] + 1)
+
+    def end(self, rank: int) -> None:
+        """One request fewer is in flight on the rank."""
+        self._change(rank, self._load[rank] - 1)
+
+    def _change(self, rank: int, load: int) -> None:
+        if rank not in self._open:
+            self._load[rank] = load
+            return
+        self._dequeue(rank)
+        self._load[rank] = load
+        self._enqueue(rank)
+
+    def _enqueue(self, rank: int) -> None:
+        load = self._load[rank]
+        queue = self._queues.get(load)
+        if queue is None:
+            queue = self._queues[load] = OrderedDict()
+        queue[rank] = None
+        if load < self._lowest or len(self._open) == 1:
+            self._lowest = load
+
+    def _dequeue(self, rank: int) -> None:
+        load = self._load[rank]
+        queue = self._queues[load]
+        del queue[rank]
+        if not queue:
+            del self._queues[load]
+            if load == self._lowest and self._queues:
+                self._lowest = min(self._queues)

@@ -1,0 +1,56 @@
+"""Requests and outputs of vLLM, changed for a rank that takes a request over from another.
+
+By attribute and without importing vLLM. Checked with 0.32: `EngineCoreRequest`, `EngineCoreOutput`,
+`SamplingParams`, and that `LogprobsLists` and `SamplingMaskLists` in an output hold that request's rows alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+
+def continued(request: Any, tokens: Sequence[int]) -> Any:
+    """The request that gives the rest of an answer: its tokens so far stand behind the prompt.
+
+    What vLLM does itself with a request that it preempts: the prompt and the output are computed anew.
+    """
+    params = copy.copy(request.sampling_params)
+    if params.max_tokens is not None:
+        params.max_tokens -= len(tokens)
+    params.min_tokens = max(0, params.min_tokens - len(tokens))
+    # They came with the first token.
+    params.prompt_logprobs = params.prompt_logprob_token_ids = params.prompt_logprob_start = None
+    return msgspec.structs.replace(
+        request, prompt_token_ids=[*request.prompt_token_ids, *tokens], sampling_params=params
+    )
+
+
+def forget_prompt(output: Any) -> None:
+    """Takes out of an output what is said of a prompt once, and was said: the frontend would count it twice."""
+    output.new_prompt_logprobs_tensors = output.prompt_token_id_logprobs = None
+    output.prefill_stats = output.events = None
+
+
+def cut_front(output: Any, count: int) -> None:
+    """Takes the first tokens out of an output, with all that belongs to them."""
+    left = len(output.new_token_ids) - count
+    output.new_token_ids = output.new_token_ids[count:]
+    if output.new_logprobs is not None:
+        output.new_logprobs = output.new_logprobs.slice_request(count, left)
+    if output.new_sampling_mask is not None:
+        output.new_sampling_mask = output.new_sampling_mask.slice_request(count, left) if left else None
+
+
+def departures(params: Any) -> set[str]:
+    """The fields of a SamplingParams that are not as vLLM has them by default."""
+    defaults = type(params)()
+    return {name for name in type(params).__struct_fields__ if _differ(getattr(params, name), getattr(defaults, name))}
+
+
+def _differ(value: Any, default: Any) -> bool:
+    # A numpy array compares element by element.
+    return type(value) is not type(default) or bool(value != default)

@@ -1,0 +1,152 @@
+"""Which rank takes the next request."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from dplaunch.router import Router
+
+
+def _router(ranks: int) -> Router:
+    router = Router()
+    for rank in range(ranks):
+        router.open(rank)
+    return router
+
+
+def _send(router: Router) -> int:
+    rank = router.choose()
+    assert rank is not None
+    router.begin(rank)
+    return rank
+
+
+def test_the_least_loaded_rank_is_chosen() -> None:
+    router = _router(3)
+    for rank in (0, 0, 1, 2, 2):
+        router.begin(rank)
+    assert _send(router) == 1
+    assert {_send(router) for _ in range(3)} == {0, 1, 2}
+
+
+def test_ties_go_round_in_a_quiet_group() -> None:
+    router = _router(4)
+    served = []
+    for _ in range(12):
+        rank = _send(router)
+        router.end(rank)
+        served.append(rank)
+    assert [sorted(served[at : at + 4]) for at in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
+
+
+def test_a_burst_is_spread_evenly() -> None:
+    router = _router(5)
+    for _ in range(23):
+        _send(router)
+    assert sorted(router.load(rank) for rank in range(5)) == [4, 4, 5, 5, 5]
+
+
+def test_a_request_that_ends_makes_its_rank_the_next() -> None:
+    router = _router(3)
+    for _ in range(6):
+        _send(router)
+    router.end(1)
+    assert router.choose() == 1
+
+
+def test_to_choose_counts_nothing() -> None:
+    router = _router(2)
+    assert router.choose() == router.choose()
+    assert [router.load(rank) for rank in range(2)] == [0, 0]
+
+
+def test_a_pinned_request_counts_like_any_other() -> None:
+    router = _router(2)
+    router.begin(1)
+    router.begin(1)
+    assert [_send(router), _send(router)] == [0, 0]
+
+
+def test_a_closed_rank_is_never_chosen_and_keeps_its_count() -> None:
+    router = _router(3)
+    router.begin(1)
+    router.close(1)
+    assert {_send(router) for _ in range(10)} == {0, 2}
+    router.begin(1)  # by name, as a pinned one
+    router.end(1)
+    assert (router.load(1), router.ranks) == (1, [0, 2])
+
+
+def test_a_rank_that_is_opened_again_comes_with_what_it_has_in_flight() -> None:
+    router = _router(2)
+    router.close(0)
+    router.begin(0)
+    router.begin(1)
+    router.begin(1)
+    router.open(0)
+    assert router.choose() == 0
+    router.begin(0)
+    router.begin(0)
+    assert router.choose() == 1
+
+
+def test_a_dead_rank_begins_again_with_nothing_in_flight() -> None:
+    router = _router(2)
+    for _ in range(4):
+        _send(router)
+    router.close(0)
+    for _ in range(2):
+        router.end(0)  # what it had goes elsewhere
+    router.open(0)
+    assert [_send(router), _send(router)] == [0, 0]
+
+
+def test_no_rank_is_chosen_where_none_is_open() -> None:
+    router = Router()
+    assert router.choose() is None
+    router.open(7)
+    router.close(7)
+    assert router.choose() is None
+    router.open(7)
+    assert router.choose() == 7
+
+
+def test_to_open_or_close_twice_changes_nothing() -> None:
+    router = _router(2)
+    router.begin(0)
+    router.open(0)
+    assert router.load(0) == 1
+    router.close(1)
+    router.close(1)
+    assert router.ranks == [0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_happens_an_open_rank_with_the_lowest_load_is_chosen(seed: int) -> None:
+    random_ = random.Random(seed)
+    router, load, open_ = Router(), dict.fromkeys(range(8), 0), set[int]()
+    for _ in range(3000):
+        rank = random_.randrange(8)
+        match random_.choice(("open", "close", "begin", "begin", "begin", "end", "end")):
+            case "open":
+                router.open(rank)
+                open_.add(rank)
+            case "close":
+                router.close(rank)
+                open_.discard(rank)
+            case "begin":
+                router.begin(rank)
+                load[rank] += 1
+            case "end" if load[rank]:
+                router.end(rank)
+                load[rank] -= 1
+        chosen = router.choose()
+        assert router.ranks == sorted(open_)
+        assert [router.load(one) for one in load] == list(load.values())
+        if chosen is None:
+            assert not open_
+        else:
+            assert chosen in open_
+            assert load[chosen] == min(load[one] for one in open_)
