@@ -11,8 +11,7 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
-from dplaunch.backend import Exit
-from dplaunch.rank_main import STACK_SIGNAL
+from dplaunch.backend import STACK_SIGNAL, Exit
 
 from .messages import Answer, Forked
 from .tree import Tree, shared_memory_names

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 BACKEND_GROUP = "dplaunch.backends"
 
+STACK_SIGNAL = signals.SIGUSR1
+"""Has a rank write the stacks of all its threads to its log; vLLM and its workers have no use for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exit:
@@ -114,7 +117,7 @@ class RankHandle(Protocol):
         """Returns how it ended, at once when it does; called by the supervisor for as long as the rank lives."""
 
     def dump_stack(self) -> None:
-        """Asks it to write where it is to its log (`dplaunch.rank_main.STACK_SIGNAL`). Called when it hangs."""
+        """Asks it to write where it is to its log (`STACK_SIGNAL`). Called when it hangs."""
 
     def terminate(self) -> None:
         """Asks it to end (SIGTERM). Called first, at shutdown. Does nothing when it has ended."""

@@ -13,15 +13,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from dplaunch.backend import RankBoot
+from dplaunch.backend import STACK_SIGNAL, RankBoot
 from dplaunch.channel import RankChannel
 
 EXIT_ENGINE_FAILED = 1
 """A rank's exit code when its engine raised; what it raised went to the launcher and to the log."""
-
-
-STACK_SIGNAL = signal.SIGUSR1
-"""Has a rank write the stacks of all its threads to its log; vLLM and its workers have no use for it."""
 
 
 def rank_main(boot: RankBoot) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 
 from dplaunch import serve as serve_module
 from dplaunch.errors import AddressError, DplaunchError, ExitCode, GroupClosedError, GroupDeadError, RankFailedError
@@ -94,17 +96,16 @@ class FakeGroup:
             self.dead.cancel()
 
 
-async def app(scope: Any, receive: Any, send: Any) -> None:
+def make_app() -> FastAPI:
     """An HTTP app that says hello."""
-    if scope["type"] == "lifespan":
-        await receive()
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await send({"type": "lifespan.shutdown.complete"})
-        return
-    logging.getLogger("vllm").info("somebody asked")
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b"hello"})
+    app = FastAPI()
+
+    @app.get("/", response_class=PlainTextResponse)
+    async def hello() -> str:
+        logging.getLogger("vllm").info("somebody asked")
+        return "hello"
+
+    return app
 
 
 class Rig:
@@ -127,7 +128,7 @@ class Rig:
         return group
 
     async def _app(self, engine: Any, args: Any) -> Any:
-        return app
+        return make_app()
 
     def _print(self, lines: Sequence[str]) -> None:
         self.lines += lines
