@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dplaunch.errors import DplaunchError
+from dplaunch.event_log import FILE_NAME as EVENT_LOG
 from dplaunch.plan import LaunchPlan
 from dplaunch.testing import StandInPlan, expected_tokens, poll_until_async
 from tests.contract.groups import Watched, group_spec
@@ -44,6 +46,7 @@ class Observed:
     phases: Mapping[int, Sequence[str]]
     messages: Sequence[str]
     logs: Mapping[str, Sequence[str]]
+    event_log: Sequence[str]
 
     def of_ranks(self, name: str) -> list[Any]:
         """A field of the ranks' own reports: both ranks, and the second one after its restart."""
@@ -88,7 +91,8 @@ async def observe(backend: str, directory: Path) -> Observed:
         states={rank: watched.states(rank) for rank in (0, 1)},
         phases={rank: watched.phases(rank) for rank in (0, 1)},
         messages=[without_accidents(event.message, directory) for event in watched.events if not event.phase],
-        logs={file.name: lines_of(file, directory) for file in sorted((directory / "logs").iterdir())},
+        logs={file.name: lines_of(file, directory) for file in sorted((directory / "logs").glob("*.log"))},
+        event_log=logged_events(directory / "logs" / EVENT_LOG, directory),
     )
 
 
@@ -122,6 +126,17 @@ def metric_names() -> list[str]:
 def lines_of(file: Path, directory: Path) -> list[str]:
     """A log without what differs from one launch to the next."""
     return [without_accidents(line, directory) for line in file.read_text().splitlines()]
+
+
+def logged_events(file: Path, directory: Path) -> list[str]:
+    """The event log without notes and what differs between launches; sorted, since ranks do not wait for each other."""
+    events = map(json.loads, file.read_text().splitlines())
+    what = ("kind", "level", "rank", "incarnation", "state", "phase", "group")
+    return sorted(
+        " ".join((*(f"{event[name]}" for name in what), without_accidents(event["message"], directory)))
+        for event in events
+        if event["kind"] != "note"
+    )
 
 
 _ACCIDENTS = [
@@ -225,6 +240,7 @@ FIELDS: Mapping[str, Field] = {
         _environment,
     ),
     "log files and their lines": Field(lambda seen: seen.logs, lambda seen: as_words(list(seen.logs))),
+    f"lines of `{EVENT_LOG}`": Field(lambda seen: seen.event_log, lambda seen: "a line an event, in the same words"),
     "states of the rank that dies": Field(
         lambda seen: [seen.states[1], seen.states[0]],
         lambda seen: " → ".join(state for state, _ in seen.states[1]),
