@@ -65,18 +65,12 @@ def forget(output_processor: Any, request_ids: Iterable[str]) -> None:
     output_processor.abort_requests(request_ids, internal=True)
 
 
-def register(app: Any) -> None:
-    """Has the server answer a request's error with its status, and tell clients when to try again."""
-    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+def tell_when_to_retry(app: Any) -> None:
+    """Has a FastAPI app tell its clients when to try again.
 
-    async def answer(request: Any, error: Any) -> Any:
-        from starlette.responses import JSONResponse
-
-        return JSONResponse(create_error_response(error).model_dump(), status_code=int(error.http_status))
-
-    app.add_exception_handler(failure_class(), answer)
-    # Most of vLLM's routes catch what is raised, and answer by themselves.
-    app.add_middleware(RetryAfter)
+    Outside of what vLLM has put around the app: it has built that already, and takes no further middleware.
+    """
+    app.middleware_stack = RetryAfter(app.middleware_stack or app.build_middleware_stack())
 
 
 class RetryAfter:

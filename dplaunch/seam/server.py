@@ -23,7 +23,7 @@ async def make_app(engine: Any, args: argparse.Namespace) -> Any:
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
-    failures.register(app)
+    failures.tell_when_to_retry(app)
     return app
 
 
