@@ -109,6 +109,9 @@ class Node:
             if self._holder.poll() is None:
                 # The kernel kills all others of a process namespace with its process 1, and reaps them first.
                 os.kill(self.pid, signal.SIGKILL)
+        for helper in (self._holder, *self.started):
+            # A helper stops when the process that it waits for is stopped, and would not see that one's end.
+            helper.send_signal(signal.SIGCONT)
         self._let_go()
         for process in self.started:
             process.wait(END_S)

@@ -63,10 +63,15 @@ class Screen:
 
     def __init__(self) -> None:
         self.out, self.err = io.StringIO(), io.StringIO()
+        self.is_last = False  # nothing more is written: the command has ended
 
     def wait_for(self, words: str) -> None:
-        """Returns when the words are there."""
-        poll_until(lambda: words in self.out.getvalue() + self.err.getvalue(), START_S, f"{words!r} on the screen")
+        """Returns when the words are there; fails when the command ends without them."""
+        poll_until(lambda: self.is_last or words in self._text(), START_S, f"{words!r} on the screen")
+        assert words in self._text()
+
+    def _text(self) -> str:
+        return self.out.getvalue() + self.err.getvalue()
 
 
 def run_here(*argv: str, plan: StandInPlan | None = None, meanwhile: Callable[[Screen], None] | None = None) -> Outcome:
@@ -84,7 +89,8 @@ def run_here(*argv: str, plan: StandInPlan | None = None, meanwhile: Callable[[S
             work(screen)
         except BaseException as error:
             failures.append(error)
-            os.kill(os.getpid(), signal.SIGINT)
+            if not screen.is_last:
+                os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=watch, args=(meanwhile,)) if meanwhile is not None else None
     with (
@@ -94,7 +100,10 @@ def run_here(*argv: str, plan: StandInPlan | None = None, meanwhile: Callable[[S
     ):
         if thread is not None:
             thread.start()
-        code = main(argv)
+        try:
+            code = main(argv)
+        finally:
+            screen.is_last = True
     if thread is not None:
         thread.join()
     if failures:
