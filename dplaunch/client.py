@@ -63,7 +63,7 @@ class GroupClient:
             policy=policy or RequestPolicy(),
             emit=emit,
             settle=self._settling.begin if settle_s else None,
-            is_called=lambda link: self._calls.count(link) > 0,
+            is_called=lambda link: self._calls.since(link) is not None,
         )
         self._dispatch = self._requests.dispatch
         self._refusal: DplaunchError | None = None
@@ -236,9 +236,9 @@ class GroupClient:
             raise self.dead
         return await self._calls.over(link, method, *args)
 
-    def calls(self, link: RankLink) -> int:
-        """Utility calls under way on a link, but for the question whether its engine is there."""
-        return self._calls.count(link)
+    def calling_since(self, link: RankLink) -> float | None:
+        """See `Calls.since`."""
+        return self._calls.since(link)
 
     # What comes back.
 

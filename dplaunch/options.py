@@ -131,6 +131,13 @@ OPTIONS = (
         metavar="SECONDS",
     ),
     Option(
+        name="probe_busy_timeout",
+        help="The same for one that is at a long call, as loading weights is, or compiles.",
+        type=float,
+        default=_SPEC.probe.busy_timeout_s,
+        metavar="SECONDS",
+    ),
+    Option(
         name="max_request_failures",
         help="Dying ranks that one request may have been on before it fails by name.",
         type=int,

@@ -31,6 +31,7 @@ class _Watch:
     due: float = 0.0
     asked: float | None = None  # since when an answer is waited for
     ping: asyncio.Task[None] | None = None
+    pinged: float = 0.0  # when that was sent
 
 
 class Prober:
@@ -110,12 +111,20 @@ class Prober:
         if watch.asked is None or heard > watch.asked:
             watch.asked = None
             self._ask_if_silent(watch, heard, now)
-        elif self._client.calls(watch.link) or watch.link.compiling or now - watch.due > STANDSTILL_S:
-            # It is busy with what may take long, as loading weights does, or it was the launcher that slept.
+        elif now - watch.due > STANDSTILL_S or (self._is_busy(watch) and now - heard < self._policy.busy_timeout_s):
+            # It was the launcher that slept, or the engine is at something that may take long.
             watch.asked = now
             self._look_at(watch, now + self._policy.timeout_s)
         else:
-            watch.hung.set_result(self._policy.timeout_s)
+            watch.hung.set_result(self._policy.busy_timeout_s if self._is_busy(watch) else self._policy.timeout_s)
+
+    def _is_busy(self, watch: _Watch) -> bool:
+        """Whether it may be at work on what takes long, as loading weights does, and comes to the question after it.
+
+        A call that was sent behind the question is no excuse: an engine takes what comes in turn.
+        """
+        since = self._client.calling_since(watch.link)
+        return watch.link.compiling or (since is not None and since <= watch.pinged)
 
     def _ask_if_silent(self, watch: _Watch, heard: float, now: float) -> None:
         silent = now - heard
@@ -125,6 +134,7 @@ class Prober:
         watch.asked = now
         self._look_at(watch, now + self._policy.timeout_s)
         if watch.ping is None:
+            watch.pinged = now
             watch.ping = asyncio.get_running_loop().create_task(self._ping(watch))
 
     async def _ping(self, watch: _Watch) -> None:

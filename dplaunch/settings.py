@@ -98,7 +98,7 @@ def build_spec(options: Mapping[str, Any], vllm_argv: Sequence[str]) -> LaunchSp
             limit=0 if options["restart"] == "never" else options["max_restarts"],
             window_s=options["restart_window"],
         ),
-        probe=ProbePolicy(timeout_s=options["probe_timeout"]),
+        probe=ProbePolicy(timeout_s=options["probe_timeout"], busy_timeout_s=options["probe_busy_timeout"]),
         requests=RequestPolicy(
             max_failures=options["max_request_failures"],
             max_queue=options["max_queue"],

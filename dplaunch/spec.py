@@ -77,6 +77,7 @@ class ProbePolicy:
     Args:
         interval_s: seconds of silence after which a rank is asked whether it is there.
         timeout_s: seconds that its engine has to answer; then it is ended and replaced. 0 means that none is asked.
+        busy_timeout_s: seconds that it may be silent while it is at a call that was sent before, or compiles.
 
     Raises:
         UsageError: when a value cannot be.
@@ -84,6 +85,8 @@ class ProbePolicy:
 
     interval_s: float = 5.0
     timeout_s: float = 60.0
+    busy_timeout_s: float = 1800.0
+    """Half an hour: a large model's weights from a slow disk take minutes."""
 
     def __post_init__(self) -> None:
         if self.interval_s <= 0 or self.timeout_s < 0:
@@ -91,6 +94,8 @@ class ProbePolicy:
                 f"cannot probe every {self.interval_s} s with a deadline of {self.timeout_s} s",
                 hint="A deadline of 0 turns the probes off.",
             )
+        if self.busy_timeout_s <= 0:
+            raise UsageError(f"a rank that is busy needs some time, not {self.busy_timeout_s} s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,7 +60,7 @@ def chaos_spec(directory: Path, backend: str, dp: int = RANKS, **options: Any) -
     plan = options.pop("plan", None) or StandInPlan(default=DEADLY, faults=faults(), token_delay_s=0.02)
     asked: dict[str, Any] = {
         "restart": RestartPolicy(limit=MANY, window_s=3.0, backoff_s=0.02, jitter=0.25),
-        "probe": ProbePolicy(interval_s=0.5, timeout_s=3.0),
+        "probe": ProbePolicy(interval_s=0.5, timeout_s=3.0, busy_timeout_s=6.0),
         "requests": RequestPolicy(poison_file=directory / "poison.txt"),
         "base_id": "chaos",
         "start_timeout_s": WHOLE_S,

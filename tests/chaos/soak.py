@@ -21,7 +21,7 @@ from tests.chaos.hands import Hands
 from tests.chaos.load import Load, Tally
 from tests.chaos.report import Report
 from tests.chaos.resources import Resources
-from tests.chaos.rig import Rig
+from tests.chaos.rig import WHOLE_S, Rig
 
 SAMPLE_S = 1.0
 
@@ -78,7 +78,8 @@ class Soak:
     async def _harm(self, load: Load) -> None:
         end = time.monotonic() + self._options.minutes * 60
         while time.monotonic() < end and not self._tally.wrong:
-            name = await self._hands.strike()
+            async with asyncio.timeout(WHOLE_S):
+                name = await self._hands.strike()
             self._say(f"--- {name}")
             await asyncio.sleep(self._source.uniform(*REST_S))
             if self._source.random() < OFTEN_WHOLE:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from dplaunch.errors import DplaunchError
 from dplaunch.events import Event, Kind
 from dplaunch.rank import Rank
 from dplaunch.spec import ProbePolicy
@@ -132,3 +133,12 @@ async def test_a_rank_that_answers_after_it_was_replaced_is_heard_by_nobody(
     assert [tokens(output) for output in outputs] == [expected_tokens(prompt, 300) for prompt in prompts]
     assert "its end was not seen" in str(rank.last_exit)
     await asyncio.wait_for(handle.wait(), BACK_S)
+
+
+async def test_a_call_excuses_silence_only_for_so_long_and_says_which_rank_it_was_lost_with(launch: Launch) -> None:
+    watched = await launch(probe=ProbePolicy(interval_s=0.2, timeout_s=1.0, busy_timeout_s=3.0))
+    with pytest.raises(DplaunchError, match="rank 1"):
+        await asyncio.wait_for(watched.group.call("work", 2 * BACK_S, rank=1), BACK_S)
+    await back(watched, 1)
+    assert [event.message for event in hangs(watched)] == ["rank 1 has not answered for 3 s: it is ended and replaced"]
+    assert watched.states(0) == [("starting", 0), ("ready", 0)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -413,12 +414,20 @@ def test_what_ranks_do_is_counted() -> None:
     assert (rig.client.rank_counters[0].tokens, rig.client.rank_counters[0].finished) == (3, 1)
 
 
-async def test_calls_are_counted_but_for_the_question_whether_a_rank_is_there() -> None:
+async def test_a_rank_is_at_a_call_since_the_first_was_sent_but_for_the_question_whether_it_is_there() -> None:
     rig = Moves(1)
     link = cast(RankLink, rig.links[0])
-    calls = [asyncio.create_task(rig.client.call_link(link, name)) for name in ("dplaunch_ping", "sleep")]
+    calls = [asyncio.create_task(rig.client.call_link(link, "dplaunch_ping"))]
+    await sent(rig, 1)
+    assert rig.client.calling_since(link) is None
+    calls.append(asyncio.create_task(rig.client.call_link(link, "sleep")))
     await sent(rig, 2)
-    assert rig.client.calls(link) == 1
+    first = rig.client.calling_since(link)
+    assert first is not None
+    assert first <= time.monotonic()
+    calls.append(asyncio.create_task(rig.client.call_link(link, "wake_up")))
+    await sent(rig, 3)
+    assert rig.client.calling_since(link) == first
     rig.client.die(GroupDeadError("gone"))
     await asyncio.gather(*calls, return_exceptions=True)
 

@@ -15,6 +15,8 @@ from dplaunch.probe import Prober
 from dplaunch.seam.rank import PING
 from dplaunch.spec import ProbePolicy
 
+BUSY_S = 3600.0
+
 
 class Timer:
     """What `call_later` returns."""
@@ -69,7 +71,7 @@ class FakeLink:
     def __init__(self, clock: HandClock) -> None:
         self.heard_at = clock.now
         self.answers = True
-        self.calls = 0
+        self.called: float | None = None
         self.compiling = False
         self.pinged: list[float] = []
 
@@ -83,8 +85,8 @@ class Ranks:
     def heard(self, link: FakeLink) -> float:
         return link.heard_at
 
-    def calls(self, link: FakeLink) -> int:
-        return link.calls
+    def calling_since(self, link: FakeLink) -> float | None:
+        return link.called
 
     async def call_link(self, link: FakeLink, method: str) -> None:
         assert method == PING
@@ -118,7 +120,7 @@ class Rig:
     """A prober with ranks to watch."""
 
     def __init__(self, clock: HandClock, ranks: int = 1, interval_s: float = 5, timeout_s: float = 60) -> None:
-        policy = ProbePolicy(interval_s=interval_s, timeout_s=timeout_s)
+        policy = ProbePolicy(interval_s=interval_s, timeout_s=timeout_s, busy_timeout_s=BUSY_S)
         self.prober = Prober(policy, cast(GroupClient, Ranks(clock)))
         self.links = [FakeLink(clock) for _ in range(ranks)]
         self.hung = [self.prober.watch(cast(RankLink, link)) for link in self.links]
@@ -172,12 +174,43 @@ async def test_any_message_counts_as_life(clock: HandClock) -> None:
 
 async def test_the_deadline_waits_while_a_call_of_the_users_is_under_way(clock: HandClock) -> None:
     rig = Rig(clock)
-    rig.links[0].answers, rig.links[0].calls = False, 1
-    await clock.advance(3600)
+    rig.links[0].answers, rig.links[0].called = False, clock.now
+    await clock.advance(BUSY_S - 61)
     assert not rig.hung[0].done()
     # The call has ended, and still there is no word.
-    rig.links[0].calls = 0
+    rig.links[0].called = None
     await clock.advance(61)
+    assert rig.hung[0].result() == 60
+    rig.end()
+
+
+async def test_a_call_that_takes_too_long_is_no_excuse_any_more(clock: HandClock) -> None:
+    rig = Rig(clock)
+    rig.links[0].answers, rig.links[0].called = False, clock.now
+    await clock.advance(BUSY_S + 61)
+    assert rig.hung[0].result() == BUSY_S
+    rig.end()
+
+
+async def test_a_call_that_was_sent_behind_the_question_is_no_excuse(clock: HandClock) -> None:
+    rig = Rig(clock)
+    rig.links[0].answers = False
+    await clock.advance(6)
+    rig.links[0].called = clock.now
+    await clock.advance(60)
+    assert rig.hung[0].result() == 60
+    rig.end()
+
+
+async def test_nor_is_it_when_the_launcher_stood_still_meanwhile(clock: HandClock) -> None:
+    rig = Rig(clock, timeout_s=10)
+    rig.links[0].answers = False
+    await clock.advance(6)
+    rig.links[0].called = clock.now
+    clock.late_s = 30
+    await clock.advance(10)
+    clock.late_s = 0
+    await clock.advance(11)
     assert rig.hung[0].done()
     rig.end()
 
@@ -185,7 +218,7 @@ async def test_the_deadline_waits_while_a_call_of_the_users_is_under_way(clock: 
 async def test_the_deadline_waits_while_the_engine_compiles(clock: HandClock) -> None:
     rig = Rig(clock, timeout_s=60)
     rig.links[0].answers, rig.links[0].compiling = False, True
-    await clock.advance(3600)
+    await clock.advance(BUSY_S - 61)
     assert not rig.hung[0].done()
     rig.links[0].compiling = False
     await clock.advance(61)
