@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
+from dplaunch.errors import DplaunchError
 from dplaunch.testing import When
 from tests.chaos.load import End, Tally, ask, follow
 from tests.chaos.rig import POISON, Rig
@@ -32,6 +35,15 @@ async def freeze(rig: Rig) -> None:
 async def _signal(rig: Rig, number: signal.Signals) -> None:
     now = rig.incarnations()[1]
     rig.kill(1, by=number)
+    await rig.down(1, now)
+
+
+async def freeze_and_call(rig: Rig) -> None:
+    """SIGSTOP, and a call that the rank cannot answer any more."""
+    now = rig.incarnations()[1]
+    rig.kill(1, by=signal.SIGSTOP)
+    with pytest.raises(DplaunchError, match="rank 1"):
+        await rig.group.call("dplaunch_report", rank=1)
     await rig.down(1, now)
 
 

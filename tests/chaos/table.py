@@ -68,6 +68,15 @@ TABLE = (
         act=acts.get_stuck,
     ),
     Row(
+        name="stopped in a call",
+        fault="SIGSTOP of a rank, which is then sent a call (as `sleep` or a weight update is)",
+        when="serving",
+        seen="As SIGSTOP, at the latest after `--probe-busy-timeout`; the call ends with an error that names the rank.",
+        kept=ALL_KEPT,
+        words=("rank 1 has not answered for", BACK),
+        act=acts.freeze_and_call,
+    ),
+    Row(
         name="error",
         fault="the engine's loop raises",
         when="at a request",
