@@ -38,6 +38,7 @@ soak: env ## ten minutes of harm under load on mp and on ray, then real engines 
 	@$(BIN)/python -m tests.chaos.soak --backend ray $(ARGS)
 	@$(BIN)/python -m tests.chaos.soak --real --minutes 3 $(ARGS)
 	@$(BIN)/python -m tests.chaos.crowd
+	@$(BIN)/python -m tests.chaos.launches
 
 lint: env ## ruff's linter and formatter
 	@$(BIN)/ruff check .
