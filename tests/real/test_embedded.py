@@ -15,7 +15,7 @@ from tests.chaos.launches import Held, growth, launches
 from tests.real.conftest import START_S
 from tests.real.standins import run_python, standin_group, standin_spec
 
-SHORT_LIVES = 9
+SHORT_LIVES = 7
 """Launches in one process; a hundred in `make soak`."""
 
 # Two trainers that share a process group: first one of them has a group of two ranks, then each has a group of its own.
