@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dplaunch.errors import ResultsFileError
-from dplaunch.resume_keys import Identity
+from dplaunch.resume_keys import ResultId
 from dplaunch.threads import in_thread
 
 FORMAT = 1
@@ -49,7 +49,7 @@ class ResultsFile:
         self.path = Path(path)
         self._model = model
         self._synced = time.monotonic()
-        self._places: dict[Identity, tuple[int, int]] = {}
+        self._places: dict[ResultId, tuple[int, int]] = {}
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -70,30 +70,30 @@ class ResultsFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __contains__(self, identity: Identity) -> bool:
-        return identity in self._places
+    def __contains__(self, result_id: ResultId) -> bool:
+        return result_id in self._places
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def output(self, identity: Identity) -> Mapping[str, Any]:
+    def output(self, result_id: ResultId) -> Mapping[str, Any]:
         """The saved output.
 
         Raises:
             KeyError: when there is none.
         """
-        offset, length = self._places[identity]
+        offset, length = self._places[result_id]
         output: Mapping[str, Any] = json.loads(os.pread(self._fd, length, offset))["output"]
         return output
 
-    def add(self, identity: Identity, output: Mapping[str, Any]) -> None:
+    def add(self, result_id: ResultId, output: Mapping[str, Any]) -> None:
         """Writes a result.
 
         Raises:
             ResultsFileError: when the disk does not take it; the file is as it was.
         """
-        offset, length = self._append({**identity._asdict(), "output": output})
-        self._places[identity] = offset, length
+        offset, length = self._append({**result_id._asdict(), "output": output})
+        self._places[result_id] = offset, length
 
     async def sync(self) -> None:
         """Has the disk keep what was written, where that is due."""
@@ -135,7 +135,7 @@ class ResultsFile:
                 if not line.endswith(b"\n"):
                     break
                 if number > 1:
-                    self._places[self._identity(number, line)] = whole, len(line)
+                    self._places[self._result_id(number, line)] = whole, len(line)
                 whole += len(line)
         if whole < size:
             os.ftruncate(self._fd, whole)
@@ -163,11 +163,11 @@ class ResultsFile:
                 "Give a file for each model; where both are the same, correct the file's first line.",
             )
 
-    def _identity(self, number: int, line: bytes) -> Identity:
+    def _result_id(self, number: int, line: bytes) -> ResultId:
         try:
             record = json.loads(line)
             record["output"]["request_id"]
-            return Identity(record["key"], record["params"], record["copy"])
+            return ResultId(record["key"], record["params"], record["copy"])
         except (ValueError, KeyError, TypeError):
             self._refuse(f"has no result in line {number}", "Delete that line: its prompt is then asked again.")
 

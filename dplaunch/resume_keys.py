@@ -14,7 +14,7 @@ Keys = Callable[[Any], str] | Sequence[str]
 """What names the prompts: a function of the prompt, or one name for each."""
 
 
-class Identity(NamedTuple):
+class ResultId(NamedTuple):
     """What a saved result is found by.
 
     Args:
@@ -28,9 +28,9 @@ class Identity(NamedTuple):
     copy: int
 
 
-def identities(
+def result_ids(
     prompts: Sequence[Any], params: Sequence[Any], loras: Sequence[Any], *, keys: Keys | None, weights: str | None
-) -> list[Identity]:
+) -> list[ResultId]:
     """One for each prompt of a batch, all different.
 
     Args:
@@ -50,7 +50,7 @@ def identities(
         # An adapter by its name alone: its number and path may be others in another process.
         facts = {"params": asked, "lora": getattr(lora, "lora_name", None), "weights": weights}
         pair = key, _hash(facts, f"the parameters of prompt {index}")
-        found.append(Identity(*pair, seen[pair]))
+        found.append(ResultId(*pair, seen[pair]))
         seen[pair] += 1
     return found
 

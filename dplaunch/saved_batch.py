@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from dplaunch.errors import RequestError, ResultsFileError, UsageError
 from dplaunch.resume import ResultsFile
-from dplaunch.resume_keys import Identity, Keys, identities
+from dplaunch.resume_keys import Keys, ResultId, result_ids
 from dplaunch.seam import prompts as seam_prompts
 from dplaunch.seam import saved as seam_saved
 
@@ -38,13 +38,13 @@ class SavedBatch:
     ) -> None:
         self._file: ResultsFile | None = None
         self._loras = loras
-        self._identities: list[Identity] = []
+        self._ids: list[ResultId] = []
         if resume is None:
             if key is not None:
                 raise UsageError("key is given without resume", hint="Say with resume= which file it is for.")
             return
         facts = _facts(engine, params)
-        self._identities = identities(prompts, facts, loras, keys=key, weights=weights)
+        self._ids = result_ids(prompts, facts, loras, keys=key, weights=weights)
         self._file = ResultsFile(resume, seam_prompts.model_name(engine))
 
     def __enter__(self) -> Self:
@@ -58,7 +58,7 @@ class SavedBatch:
 
     def has(self, index: int) -> bool:
         """Whether the prompt is answered already."""
-        return self._file is not None and self._identities[index] in self._file
+        return self._file is not None and self._ids[index] in self._file
 
     def output(self, index: int) -> Any:
         """The prompt's saved answer.
@@ -69,7 +69,7 @@ class SavedBatch:
         if self._file is None:
             raise KeyError(index)
         try:
-            return seam_saved.unpack(self._file.output(self._identities[index]), self._loras[index])
+            return seam_saved.unpack(self._file.output(self._ids[index]), self._loras[index])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ResultsFileError(
                 f"{self._file.path} holds no whole result for prompt {index}: {error!r}",
@@ -84,7 +84,7 @@ class SavedBatch:
         """
         if self._file is None or isinstance(result, RequestError) or _is_broken_off(result):
             return
-        self._file.add(self._identities[index], seam_saved.pack(result))
+        self._file.add(self._ids[index], seam_saved.pack(result))
         await self._file.sync()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from dplaunch import resume
 from dplaunch.batch import iter_batch
 from dplaunch.batch_progress import BatchState
 from dplaunch.errors import RequestError, ResultsFileError, UsageError
@@ -215,7 +215,7 @@ async def test_a_disk_that_fills_up_ends_the_batch_with_that_and_aborts_the_rest
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(resume.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     engine.let_go(1)
     with pytest.raises(ResultsFileError, match="takes no more: No space left on device"):
         await batch

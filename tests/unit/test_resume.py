@@ -16,10 +16,10 @@ import pytest
 from dplaunch import resume
 from dplaunch.errors import ResultsFileError, UsageError
 from dplaunch.resume import ResultsFile
-from dplaunch.resume_keys import Identity, identities
+from dplaunch.resume_keys import ResultId, result_ids
 from dplaunch.seam import frontend, saved
 
-ONE, TWO = Identity("one", "p", 0), Identity("two", "p", 0)
+ONE, TWO = ResultId("one", "p", 0), ResultId("two", "p", 0)
 OUTPUT = {"request_id": "r", "text": "hello"}
 
 
@@ -34,11 +34,11 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run.jsonl"
 
 
-def write(path: Path, *found: Identity, model: str = "m") -> None:
+def write(path: Path, *found: ResultId, model: str = "m") -> None:
     """Adds results to a file."""
     with ResultsFile(path, model) as file:
-        for identity in found:
-            file.add(identity, OUTPUT)
+        for result_id in found:
+            file.add(result_id, OUTPUT)
 
 
 # The file.
@@ -48,7 +48,7 @@ def test_what_was_written_is_found_by_the_next_one_and_each_result_is_a_line_of_
     write(path, ONE)
     write(path, TWO)
     with ResultsFile(path, "m") as file:
-        assert (ONE in file, TWO in file, Identity("one", "p", 1) in file) == (True, True, False)
+        assert (ONE in file, TWO in file, ResultId("one", "p", 1) in file) == (True, True, False)
         assert file.output(TWO) == OUTPUT
     header, first, _ = map(json.loads, path.read_text().splitlines())
     assert header == {"dplaunch": "results", "format": 1, "model": "m"}
@@ -137,11 +137,11 @@ def test_a_disk_that_is_full_leaves_whole_lines_only(path: Path, monkeypatch: py
     with ResultsFile(path, "m") as file:
         file.add(ONE, OUTPUT)
         before = path.read_bytes()
-        monkeypatch.setattr(resume.os, "pwrite", full)
+        monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(ResultsFileError, match="takes no more: No space left on device"):
             file.add(TWO, OUTPUT)
         assert path.read_bytes() == before
-        monkeypatch.setattr(resume.os, "pwrite", real)
+        monkeypatch.setattr(os, "pwrite", real)
         file.add(TWO, OUTPUT)
     with ResultsFile(path, "m") as file:
         assert len(file) == 2
@@ -151,7 +151,7 @@ async def test_the_disk_is_asked_to_keep_it_every_few_seconds_and_at_the_end(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(resume.os, "fsync", synced.append)
+    monkeypatch.setattr(os, "fsync", synced.append)
     file = ResultsFile(path, "m")
     await file.sync()
     assert synced == []
@@ -169,7 +169,7 @@ async def test_a_disk_that_does_not_keep_it_is_named(path: Path, monkeypatch: py
 
     file = ResultsFile(path, "m")
     with monkeypatch.context() as patch:
-        patch.setattr(resume.os, "fsync", broken)
+        patch.setattr(os, "fsync", broken)
         patch.setattr(resume, "SYNC_S", 0.0)
         with pytest.raises(ResultsFileError, match="is not kept by its disk: Input/output error"):
             await file.sync()
@@ -179,11 +179,11 @@ async def test_a_disk_that_does_not_keep_it_is_named(path: Path, monkeypatch: py
 # Keys.
 
 
-def keys_of(prompts: list[Any], params: Any = None, keys: Any = None, weights: str | None = None) -> list[Identity]:
+def keys_of(prompts: list[Any], params: Any = None, keys: Any = None, weights: str | None = None) -> list[ResultId]:
     from vllm import SamplingParams
 
     facts = saved.params_facts(params or SamplingParams(max_tokens=3))
-    return identities(prompts, [facts] * len(prompts), [None] * len(prompts), keys=keys, weights=weights)
+    return result_ids(prompts, [facts] * len(prompts), [None] * len(prompts), keys=keys, weights=weights)
 
 
 def test_the_same_prompt_has_the_same_key_and_its_copies_are_told_apart() -> None:
@@ -200,14 +200,14 @@ def test_the_same_prompt_has_the_same_key_and_its_copies_are_told_apart() -> Non
     ids=["text", "tokens", "dict", "chat"],
 )
 def test_prompts_of_other_kinds_are_other_prompts(prompts: list[Any]) -> None:
-    assert len({identity.key for identity in keys_of(prompts)}) == len(prompts)
+    assert len({result_id.key for result_id in keys_of(prompts)}) == len(prompts)
 
 
 def test_params_that_differ_make_another_key_and_how_it_is_handed_over_does_not() -> None:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    def key(**options: Any) -> Identity:
+    def key(**options: Any) -> ResultId:
         return keys_of(["a"], SamplingParams(**options))[0]
 
     plain = key(max_tokens=3)
@@ -236,12 +236,12 @@ def test_other_weights_and_another_adapter_make_another_key() -> None:
     facts: list[dict[str, Any]] = [{}]
     lora = LoRARequest("sql", 1, "/here")
     moved = LoRARequest("sql", 2, "/there")
-    plain = identities(["a"], facts, [None], keys=None, weights=None)
-    assert identities(["a"], facts, [lora], keys=None, weights=None) != plain
-    assert identities(["a"], facts, [lora], keys=None, weights=None) == identities(
+    plain = result_ids(["a"], facts, [None], keys=None, weights=None)
+    assert result_ids(["a"], facts, [lora], keys=None, weights=None) != plain
+    assert result_ids(["a"], facts, [lora], keys=None, weights=None) == result_ids(
         ["a"], facts, [moved], keys=None, weights=None
     )
-    assert identities(["a"], facts, [None], keys=None, weights="step-2") != plain
+    assert result_ids(["a"], facts, [None], keys=None, weights="step-2") != plain
 
 
 def test_a_key_may_be_given_by_a_function_or_for_each_prompt() -> None:
