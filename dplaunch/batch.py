@@ -55,29 +55,19 @@ async def iter_batch(
         weights: the version of the weights that answer; answers of others are not taken from a results file.
         rank_tokens: the tokens that each rank has answered so far.
     """
-    batch = _as_batch(prompts)
-    all_params = _one_each("params", params, len(batch))
-    loras = _one_each("lora_request", lora_request, len(batch))
+    batch = _Batch(engine, prompts, params, lora_request, data_parallel_rank)
+    numbers = range(len(batch.prompts))
     failed: dict[int, RequestError] = {}
-    prefix = uuid.uuid4().hex[:8]
     with contextlib.ExitStack() as stack:
-        saved = stack.enter_context(
-            SavedBatch(engine, batch, all_params, loras, resume=resume, key=key, weights=weights)
-        )
-        there = [index for index in range(len(batch)) if saved.has(index)]
-        todo = [index for index in range(len(batch)) if not saved.has(index)]
-        bar = stack.enter_context(BatchProgress(len(batch), progress, resumed=len(there), rank_tokens=rank_tokens))
+        kept = SavedBatch(engine, batch.prompts, batch.params, batch.loras, resume=resume, key=key, weights=weights)
+        saved = stack.enter_context(kept)
+        there = [index for index in numbers if saved.has(index)]
+        todo = [index for index in numbers if not saved.has(index)]
+        counted = BatchProgress(len(numbers), progress, resumed=len(there), rank_tokens=rank_tokens)
+        bar = stack.enter_context(counted)
 
         async def answer(index: int) -> Any:
-            result = await _one(
-                engine,
-                batch[index],
-                all_params[index],
-                request_id=f"{prefix}-{index}",
-                index=index,
-                data_parallel_rank=data_parallel_rank,
-                lora_request=loras[index],
-            )
+            result = await batch.answer(index)
             await saved.keep(index, result)
             bar.advance(_tokens(result))
             return result
@@ -119,41 +109,45 @@ async def stream_one(
             yield output.outputs[0].text
 
 
-async def _one(
-    engine: Any,
-    prompt: Prompt,
-    params: Any,
-    *,
-    request_id: str,
-    index: int,
-    data_parallel_rank: int | None,
-    lora_request: Any,
-) -> Any:
-    """One prompt's final output, or the RequestError that it ended with: a bad prompt fails alone."""
-    try:
-        rendered = await seam_prompts.render(engine, prompt)
-        outputs = seam_prompts.submit(
-            engine,
-            rendered,
-            params,
-            request_id,
-            data_parallel_rank=data_parallel_rank,
-            lora_request=lora_request,
-        )
-        last = None
-        async for output in outputs:
-            last = output
-        return _check(last)
-    except RequestError as error:
-        failure = RequestError(f"prompt {index}: {error.message}", index=index, retryable=error.retryable)
-        failure.__cause__ = error.__cause__
-        return failure
-    except Exception as error:
-        cause = error if isinstance(error, DplaunchError) else error.__cause__ or error
-        words = cause.message if isinstance(cause, DplaunchError) else str(cause) or type(cause).__name__
-        failure = RequestError(f"prompt {index} failed: {words}", index=index)
-        failure.__cause__ = cause
-        return failure
+class _Batch:
+    """Prompts with what belongs to each, and how one is answered."""
+
+    def __init__(
+        self, engine: Any, prompts: Prompt | Sequence[Prompt], params: Any, lora_request: Any, rank: int | None
+    ) -> None:
+        self.prompts = _as_batch(prompts)
+        self.params = _one_each("params", params, len(self.prompts))
+        self.loras = _one_each("lora_request", lora_request, len(self.prompts))
+        self._engine = engine
+        self._rank = rank
+        self._prefix = uuid.uuid4().hex[:8]
+
+    async def answer(self, index: int) -> Any:
+        """One prompt's final output, or the RequestError that it ended with: a bad prompt fails alone."""
+        try:
+            rendered = await seam_prompts.render(self._engine, self.prompts[index])
+            outputs = seam_prompts.submit(
+                self._engine,
+                rendered,
+                self.params[index],
+                f"{self._prefix}-{index}",
+                data_parallel_rank=self._rank,
+                lora_request=self.loras[index],
+            )
+            last = None
+            async for output in outputs:
+                last = output
+            return _check(last)
+        except RequestError as error:
+            failure = RequestError(f"prompt {index}: {error.message}", index=index, retryable=error.retryable)
+            failure.__cause__ = error.__cause__
+            return failure
+        except Exception as error:
+            cause = error if isinstance(error, DplaunchError) else error.__cause__ or error
+            words = cause.message if isinstance(cause, DplaunchError) else str(cause) or type(cause).__name__
+            failure = RequestError(f"prompt {index} failed: {words}", index=index)
+            failure.__cause__ = cause
+            return failure
 
 
 def _check(output: Any) -> Any:
