@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --reruns 1
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale clean
+.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale bench-batch clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
@@ -38,6 +38,7 @@ soak: env ## ten minutes of harm under load on mp and on ray, then real engines 
 	@$(BIN)/python -m tests.chaos.soak --backend ray $(ARGS)
 	@$(BIN)/python -m tests.chaos.soak --real --minutes 3 $(ARGS)
 	@$(BIN)/python -m tests.chaos.crowd
+	@$(BIN)/python -m tests.chaos.launches
 
 lint: env ## ruff's linter and formatter
 	@$(BIN)/ruff check .
@@ -63,6 +64,9 @@ bench-recover: env ## a rank is killed under load, beside stock vLLM (ARGS="--qu
 
 bench-scale: env ## 1 to 256 ranks on this machine, with stand-in engines (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.bench_scale $(ARGS)
+
+bench-batch: env ## a batch of skewed answer lengths: our dispatch over equal chunks (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.bench_batch $(ARGS)
 
 clean: ## removes everything that make made, .venv too
 	rm -rf .venv build dist dplaunch.egg-info .mypy_cache .ruff_cache .pytest_cache

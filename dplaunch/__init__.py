@@ -23,6 +23,7 @@ from dplaunch.errors import (
     RankFailedError,
     RequestError,
     ResourceError,
+    ResultsFileError,
     StartTimeoutError,
     UsageError,
     VllmError,
@@ -30,6 +31,7 @@ from dplaunch.errors import (
 
 if TYPE_CHECKING:
     from dplaunch.api import launch, launch_async
+    from dplaunch.batch_progress import BatchState
     from dplaunch.group import AsyncGroup
     from dplaunch.spec import LaunchSpec, ProbePolicy, RequestPolicy, RestartPolicy
     from dplaunch.sync import Group
@@ -38,6 +40,7 @@ __all__ = [
     "AddressError",
     "AsyncGroup",
     "BackendError",
+    "BatchState",
     "DplaunchError",
     "ExitCode",
     "Group",
@@ -53,6 +56,7 @@ __all__ = [
     "RequestPolicy",
     "ResourceError",
     "RestartPolicy",
+    "ResultsFileError",
     "StartTimeoutError",
     "UsageError",
     "VllmError",
@@ -63,6 +67,7 @@ __all__ = [
 
 _WHERE = {
     "AsyncGroup": "dplaunch.group",
+    "BatchState": "dplaunch.batch_progress",
     "Group": "dplaunch.sync",
     "LaunchSpec": "dplaunch.spec",
     "ProbePolicy": "dplaunch.spec",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn
 
+from dplaunch.batch_progress import BatchProgress, Progress
 from dplaunch.errors import DplaunchError, RequestError, UsageError
-from dplaunch.progress import BatchProgress
+from dplaunch.resume_keys import Keys
+from dplaunch.saved_batch import Resume, SavedBatch
 from dplaunch.seam import prompts as seam_prompts
+from dplaunch.side_by_side import SideBySide
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A string, token ids, chat messages, or one of vLLM's prompt dicts."""
@@ -21,66 +24,72 @@ HEADROOM = 1.25
 """How many requests a rank gets for each sequence that it can run: the next one is there when one ends."""
 
 
-async def run_batch(
+async def run_batch(engine: Any, prompts: Prompt | Sequence[Prompt], params: Any, **options: Any) -> list[Any]:
+    """See `AsyncGroup.generate`; the options are those of `iter_batch`."""
+    results: list[Any] = [None] * len(_as_batch(prompts))
+    async with contextlib.aclosing(iter_batch(engine, prompts, params, **options)) as outputs:
+        async for index, output in outputs:
+            results[index] = output
+    return results
+
+
+async def iter_batch(
     engine: Any,
     prompts: Prompt | Sequence[Prompt],
     params: Any,
     *,
     slots: Callable[[], int],
-    data_parallel_rank: int | None,
-    lora_request: Any,
-    on_error: OnError,
-    progress: bool | None,
-) -> list[Any]:
-    """See `AsyncGroup.generate`. `slots` says how many sequences all ranks together run at a time, by now."""
-    batch = _as_batch(prompts)
-    all_params = _one_each("params", params, len(batch))
-    loras = _one_each("lora_request", lora_request, len(batch))
-    results: list[Any] = [None] * len(batch)
-    prefix = uuid.uuid4().hex[:8]
+    data_parallel_rank: int | None = None,
+    lora_request: Any = None,
+    on_error: OnError = "raise",
+    progress: Progress = None,
+    resume: Resume = None,
+    key: Keys | None = None,
+    weights: str | None = None,
+    rank_tokens: Callable[[], Mapping[int, int]] = dict,
+) -> AsyncGenerator[tuple[int, Any], None]:
+    """See `AsyncGroup.generate_iter`.
 
-    with BatchProgress(len(batch), progress) as bar:
+    Args:
+        slots: how many sequences all ranks together run at a time, by now.
+        weights: the version of the weights that answer; answers of others are not taken from a results file.
+        rank_tokens: the tokens that each rank has answered so far.
+    """
+    batch = _Batch(engine, prompts, params, lora_request, data_parallel_rank)
+    numbers = range(len(batch.prompts))
+    failed: dict[int, RequestError] = {}
+    with contextlib.ExitStack() as stack:
+        kept = SavedBatch(engine, batch.prompts, batch.params, batch.loras, resume=resume, key=key, weights=weights)
+        saved = stack.enter_context(kept)
+        there = [index for index in numbers if saved.has(index)]
+        todo = [index for index in numbers if not saved.has(index)]
+        counted = BatchProgress(len(numbers), progress, resumed=len(there), rank_tokens=rank_tokens)
+        bar = stack.enter_context(counted)
 
-        async def answer(index: int) -> None:
-            results[index] = await _one(
-                engine,
-                batch[index],
-                all_params[index],
-                request_id=f"{prefix}-{index}",
-                index=index,
-                data_parallel_rank=data_parallel_rank,
-                lora_request=loras[index],
-            )
-            bar.advance(_tokens(results[index]))
+        async def answer(index: int) -> Any:
+            result = await batch.answer(index)
+            await saved.keep(index, result)
+            bar.advance(_tokens(result))
+            return result
 
-        await _side_by_side(len(batch), lambda: max(1, int(slots() * HEADROOM)), answer)
-    if on_error == "raise":
-        for result in results:
-            if isinstance(result, RequestError):
-                # What ended the group ended every prompt: it is no fault of this one.
-                cause = result.__cause__
-                raise cause if isinstance(cause, DplaunchError) and not isinstance(cause, RequestError) else result
-    return results
+        # The ranks have work already while the reader gets what is there.
+        async with SideBySide(todo, lambda: max(1, int(slots() * HEADROOM)), answer) as finished:
+            for index in there:
+                yield index, saved.output(index)
+            async for index, result in finished:
+                if isinstance(result, RequestError) and on_error == "raise":
+                    failed[index] = result
+                else:
+                    yield index, result
+    if failed:
+        _raise_first(failed)
 
 
-async def _side_by_side(count: int, room: Callable[[], int], do: Callable[[int], Awaitable[None]]) -> None:
-    """Does so many things in their order, `room()` of them at a time, which may grow meanwhile."""
-    todo, workers = iter(range(count)), 0
-
-    async def work() -> None:
-        for index in todo:
-            fill()  # ranks may have joined
-            await do(index)
-
-    def fill() -> None:
-        nonlocal workers
-        while workers < min(count, room()):
-            workers += 1
-            group.create_task(work())
-
-    # A task group: when this task is cancelled (Ctrl-C), every worker is, and AsyncLLM aborts its request.
-    async with asyncio.TaskGroup() as group:
-        fill()
+def _raise_first(failed: Mapping[int, RequestError]) -> NoReturn:
+    error = failed[min(failed)]
+    # What ended the group ended every prompt: it is no fault of this one.
+    cause = error.__cause__
+    raise cause if isinstance(cause, DplaunchError) and not isinstance(cause, RequestError) else error
 
 
 async def stream_one(
@@ -100,41 +109,45 @@ async def stream_one(
             yield output.outputs[0].text
 
 
-async def _one(
-    engine: Any,
-    prompt: Prompt,
-    params: Any,
-    *,
-    request_id: str,
-    index: int,
-    data_parallel_rank: int | None,
-    lora_request: Any,
-) -> Any:
-    """One prompt's final output, or the RequestError that it ended with: a bad prompt fails alone."""
-    try:
-        rendered = await seam_prompts.render(engine, prompt)
-        outputs = seam_prompts.submit(
-            engine,
-            rendered,
-            params,
-            request_id,
-            data_parallel_rank=data_parallel_rank,
-            lora_request=lora_request,
-        )
-        last = None
-        async for output in outputs:
-            last = output
-        return _check(last)
-    except RequestError as error:
-        failure = RequestError(f"prompt {index}: {error.message}", index=index, retryable=error.retryable)
-        failure.__cause__ = error.__cause__
-        return failure
-    except Exception as error:
-        cause = error if isinstance(error, DplaunchError) else error.__cause__ or error
-        words = cause.message if isinstance(cause, DplaunchError) else str(cause) or type(cause).__name__
-        failure = RequestError(f"prompt {index} failed: {words}", index=index)
-        failure.__cause__ = cause
-        return failure
+class _Batch:
+    """Prompts with what belongs to each, and how one is answered."""
+
+    def __init__(
+        self, engine: Any, prompts: Prompt | Sequence[Prompt], params: Any, lora_request: Any, rank: int | None
+    ) -> None:
+        self.prompts = _as_batch(prompts)
+        self.params = _one_each("params", params, len(self.prompts))
+        self.loras = _one_each("lora_request", lora_request, len(self.prompts))
+        self._engine = engine
+        self._rank = rank
+        self._prefix = uuid.uuid4().hex[:8]
+
+    async def answer(self, index: int) -> Any:
+        """One prompt's final output, or the RequestError that it ended with: a bad prompt fails alone."""
+        try:
+            rendered = await seam_prompts.render(self._engine, self.prompts[index])
+            outputs = seam_prompts.submit(
+                self._engine,
+                rendered,
+                self.params[index],
+                f"{self._prefix}-{index}",
+                data_parallel_rank=self._rank,
+                lora_request=self.loras[index],
+            )
+            last = None
+            async for output in outputs:
+                last = output
+            return _check(last)
+        except RequestError as error:
+            failure = RequestError(f"prompt {index}: {error.message}", index=index, retryable=error.retryable)
+            failure.__cause__ = error.__cause__
+            return failure
+        except Exception as error:
+            cause = error if isinstance(error, DplaunchError) else error.__cause__ or error
+            words = cause.message if isinstance(cause, DplaunchError) else str(cause) or type(cause).__name__
+            failure = RequestError(f"prompt {index} failed: {words}", index=index)
+            failure.__cause__ = cause
+            return failure
 
 
 def _check(output: Any) -> Any:

@@ -119,6 +119,12 @@ class GroupClosedError(DplaunchError):
     exit_code = ExitCode.USAGE
 
 
+class ResultsFileError(DplaunchError):
+    """Raised when a results file (`resume=`) cannot be read or written, or belongs to something else."""
+
+    exit_code = ExitCode.USAGE
+
+
 class RequestError(DplaunchError):
     """Raised when one request fails; `index` is its place in the batch, `retryable` says whether to try again."""
 

@@ -7,10 +7,13 @@ import sys
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from dplaunch.batch import OnError, Prompt, run_batch, stream_one
+from dplaunch.batch import OnError, Prompt, iter_batch, run_batch, stream_one
+from dplaunch.batch_progress import Progress
 from dplaunch.events import Listener
 from dplaunch.life import GroupLife
 from dplaunch.progress import ReportKind, make_reporter
+from dplaunch.resume_keys import Keys
+from dplaunch.saved_batch import Resume
 from dplaunch.spec import LaunchSpec
 from dplaunch.supervisor import Supervisor
 
@@ -29,7 +32,9 @@ class AsyncGroup(GroupLife):
         data_parallel_rank: int | None = None,
         lora_request: Any = None,
         on_error: OnError = "raise",
-        progress: bool | None = None,
+        progress: Progress = None,
+        resume: Resume = None,
+        key: Keys | None = None,
     ) -> list[Any]:
         """Answers a batch; the results are in the order of the prompts.
 
@@ -42,7 +47,12 @@ class AsyncGroup(GroupLife):
             lora_request: one LoRARequest for all, or one (or None) for each prompt.
             on_error: "raise" the first failed prompt's error after the others have finished, or "return" each
                 failed prompt's RequestError in its place.
-            progress: whether a bar is shown; None shows it on a terminal and in a notebook.
+            progress: whether a bar is shown: None shows it on a terminal and in a notebook, True writes lines elsewhere
+                too. Or a function, which gets a `BatchState` a few times a second.
+            resume: the path of a results file. What is there already is not asked again; what is answered is written
+                there at once, one line of JSON each. See docs/embedding.md.
+            key: what names the prompts in that file: a function of the prompt, or one string for each; None for a
+                hash of the prompt. Other parameters, another adapter or other weights make it another name always.
 
         Returns:
             vLLM's RequestOutput (or PoolingRequestOutput) for each prompt.
@@ -50,18 +60,65 @@ class AsyncGroup(GroupLife):
         Raises:
             RequestError: with on_error="raise", for the first prompt that failed; it names the index.
             GroupDeadError: when the group died meanwhile.
-            UsageError: when params or LoRA requests do not match the prompts in number.
+            UsageError: when params, LoRA requests or keys do not match the prompts in number.
+            ResultsFileError: when the results file cannot be used, or takes no more.
         """
         return await run_batch(
             self.engine,
             prompts,
             params,
-            slots=lambda: self.config.max_num_seqs * len(self.plan.ranks),
             data_parallel_rank=data_parallel_rank,
             lora_request=lora_request,
             on_error=on_error,
             progress=progress,
+            resume=resume,
+            key=key,
+            **self._facts(),
         )
+
+    async def generate_iter(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Any = None,
+        *,
+        data_parallel_rank: int | None = None,
+        lora_request: Any = None,
+        on_error: OnError = "raise",
+        progress: Progress = None,
+        resume: Resume = None,
+        key: Keys | None = None,
+    ) -> AsyncGenerator[tuple[int, Any], None]:
+        """Answers a batch and yields (index, output) as each is finished; all else is as for `generate`.
+
+        With `resume`, what the file has comes first, in order. The ranks do not wait for the reader. Leaving the loop
+        early aborts what is in flight: close the generator (`contextlib.aclosing`), or it happens when it is collected.
+        With on_error="raise", failed prompts are left out, and the first one's error is raised at the end.
+        """
+        outputs = iter_batch(
+            self.engine,
+            prompts,
+            params,
+            data_parallel_rank=data_parallel_rank,
+            lora_request=lora_request,
+            on_error=on_error,
+            progress=progress,
+            resume=resume,
+            key=key,
+            **self._facts(),
+        )
+        async with contextlib.aclosing(outputs):
+            async for index, output in outputs:
+                yield index, output
+
+    def _facts(self) -> dict[str, Any]:
+        """What a batch has to know of its group."""
+        counters = self.client.rank_counters
+        return {
+            "slots": lambda: self.config.max_num_seqs * len(self.plan.ranks),
+            "rank_tokens": lambda: {rank: counted.tokens for rank, counted in counters.items()},
+            # An answer of other weights is another answer.
+            "weights": getattr(self, "weight_version", None),
+        }
 
     async def stream(
         self,

@@ -1,4 +1,4 @@
-"""What a watcher of the launch sees: reporters of the group's events, and the bar of a batch."""
+"""What a watcher of the launch sees: reporters of the group's events."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from dplaunch.events import Event, Level, as_record
 from dplaunch.plan import RankSpec
 
 if TYPE_CHECKING:
-    from dplaunch.bars import Bar
     from dplaunch.live_table import LiveTable
-
-MIN_WORK_S = 1.0
-"""Seconds of work before a batch's bar appears: a flicker for less tells nobody anything."""
-
-REFRESH_INTERVAL_S = 0.25
-"""Seconds between two drawings of a batch's bar."""
 
 
 class ReportKind(enum.StrEnum):
@@ -169,59 +162,3 @@ class LiveReporter(Reporter):
                 super()._show(event)
         elif event.level is not Level.INFO or event.rank is None:
             table.print(self._line(event))
-
-
-class BatchProgress:
-    """How far a batch is: prompts done, tokens/s, time left. A context manager around the work.
-
-    Drawn on stderr where that is a terminal or a notebook, from the first advance after `MIN_WORK_S`.
-
-    Args:
-        total: prompts in the batch.
-        enabled: False never draws.
-    """
-
-    def __init__(self, total: int, enabled: bool | None = None) -> None:
-        self._total = total
-        self._enabled = enabled is not False and total > 0
-        self._done = 0
-        self._tokens = 0
-        self._began = self._drawn = time.monotonic()
-        self._bar: Bar | None = None
-
-    def advance(self, tokens: int = 0, *, prompts: int = 1) -> None:
-        """Counts finished prompts and new tokens; draws at most four times a second."""
-        self._done += prompts
-        self._tokens += tokens
-        now = time.monotonic()
-        if not self._enabled or now - self._began < MIN_WORK_S:
-            return
-        if now - self._drawn >= REFRESH_INTERVAL_S or self._done >= self._total:
-            self._drawn = now
-            self._draw(now)
-
-    def __enter__(self) -> Self:
-        self._began = self._drawn = time.monotonic()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        bar, self._bar = self._bar, None
-        if bar is not None:
-            with contextlib.suppress(OSError, ValueError):
-                bar.close()
-
-    def _draw(self, now: float) -> None:
-        from dplaunch.bars import choose_bar
-
-        try:
-            if self._bar is None:
-                self._bar = choose_bar(self._total)
-                self._enabled = self._bar is not None
-            if self._bar is not None:
-                seconds = now - self._began
-                left = seconds / self._done * (self._total - self._done) if self._done else None
-                self._bar.draw(self._done, self._tokens / seconds, left)
-        except (OSError, ValueError):
-            self._enabled = False  # the terminal is gone; the work goes on

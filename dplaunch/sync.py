@@ -7,13 +7,16 @@ import atexit
 import concurrent.futures
 import threading
 import weakref
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from dplaunch.batch import OnError, Prompt
+from dplaunch.batch_progress import Progress
 from dplaunch.events import Listener
 from dplaunch.group import AsyncGroup, open_group
+from dplaunch.resume_keys import Keys
+from dplaunch.saved_batch import Resume
 from dplaunch.spec import LaunchSpec
 
 T = TypeVar("T")
@@ -60,7 +63,9 @@ class Group:
         data_parallel_rank: int | None = None,
         lora_request: Any = None,
         on_error: OnError = "raise",
-        progress: bool | None = None,
+        progress: Progress = None,
+        resume: Resume = None,
+        key: Keys | None = None,
     ) -> list[Any]:
         """Answers a batch, in order; see `AsyncGroup.generate`. Ctrl-C aborts it and leaves the group usable."""
         return self._loop.run(
@@ -71,6 +76,37 @@ class Group:
                 lora_request=lora_request,
                 on_error=on_error,
                 progress=progress,
+                resume=resume,
+                key=key,
+            )
+        )
+
+    def generate_iter(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Any = None,
+        *,
+        data_parallel_rank: int | None = None,
+        lora_request: Any = None,
+        on_error: OnError = "raise",
+        progress: Progress = None,
+        resume: Resume = None,
+        key: Keys | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """Answers a batch and yields (index, output) as each is finished; see `AsyncGroup.generate_iter`.
+
+        Leaving the loop early, or Ctrl-C in it, aborts what is in flight.
+        """
+        return self._iterate(
+            self._group.generate_iter(
+                prompts,
+                params,
+                data_parallel_rank=data_parallel_rank,
+                lora_request=lora_request,
+                on_error=on_error,
+                progress=progress,
+                resume=resume,
+                key=key,
             )
         )
 
@@ -83,15 +119,19 @@ class Group:
         lora_request: Any = None,
     ) -> Iterator[str]:
         """Yields the pieces of one answer's text as they come; leaving the loop early aborts the request."""
-        deltas = self._group.stream(prompt, params, data_parallel_rank=data_parallel_rank, lora_request=lora_request)
+        return self._iterate(
+            self._group.stream(prompt, params, data_parallel_rank=data_parallel_rank, lora_request=lora_request)
+        )
+
+    def _iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         try:
             while True:
                 try:
-                    yield self._loop.run(anext(deltas))
+                    yield self._loop.run(anext(items))
                 except StopAsyncIteration:
                     return
         finally:
-            self._loop.run(deltas.aclose())
+            self._loop.run(items.aclose())
 
     def call(self, method: str, *args: Any, rank: int | None = None) -> list[Any]:
         """Calls an engine-core utility method on all ranks, or on one; see `AsyncGroup.call`."""

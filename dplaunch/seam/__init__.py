@@ -24,6 +24,8 @@ Checked with vLLM 0.32. What we rely on, and where:
 * server.py, the OpenAI app: `build_app`, `init_app_state`.
 * prompts.py, prompts in `generate`: `ChatParams`, `parse_model_prompt`, `BaseRenderer.render_chat_async` and
   `render_cmpl_async`.
+* saved.py, answers in a results file: `RequestOutput`, `CompletionOutput`, `WeightVersionSpan`, `PoolingRequestOutput`,
+  `PoolingOutput` and `Logprob`, and that SamplingParams and PoolingParams are msgspec structs with a default each.
 """
 
 from __future__ import annotations

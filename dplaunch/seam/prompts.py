@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -88,6 +89,14 @@ def default_params(engine: Any) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(**engine.model_config.get_diff_sampling_param())
+
+
+def model_name(engine: Any) -> str:
+    """The model as vLLM was told it: a name, with its revision, or a directory's path without links."""
+    name, revision = str(engine.model_config.model), engine.model_config.revision
+    if os.path.exists(name):
+        return os.path.realpath(name)
+    return f"{name}@{revision}" if revision else name
 
 
 def delta_params(engine: Any, params: Any) -> Any:

@@ -126,14 +126,20 @@ def launch_flags(model: str, log_dir: Path, *more: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def run_python(script: str, *arguments: str, by_stdin: bool = False, cwd: Path | None = None) -> Iterator[Command]:
-    """A Python process that runs `script`, from a file or from standard input; killed at the end if still there."""
+def run_python(
+    script: str, *arguments: str, by_stdin: bool = False, cwd: Path | None = None, launcher: Sequence[str] = ()
+) -> Iterator[Command]:
+    """A Python process that runs `script`, from a file or from standard input; killed at the end if still there.
+
+    Args:
+        launcher: Python's arguments before the script's file: what starts it, where it is not Python itself.
+    """
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "script.py"
         file.write_text(script)
         with file.open() as source:
             process = subprocess.Popen(
-                [sys.executable, "-" if by_stdin else str(file), *arguments],
+                [sys.executable, *launcher, "-" if by_stdin else str(file), *arguments],
                 stdin=source if by_stdin else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,29 @@ def test_a_stream_that_is_left_early_aborts_its_request(group: dplaunch.Group) -
     for _ in group.stream("Once", sampling(max_tokens=900, ignore_eos=True)):
         break
     assert group.generate("Hello", sampling())
+
+
+def test_answers_come_as_they_finish_and_leaving_early_aborts_the_rest(group: dplaunch.Group) -> None:
+    params = [sampling(max_tokens=n, ignore_eos=True) for n in (900, 2, 900)]
+    for index, output in group.generate_iter(["Once"] * 3, params):
+        assert (index, len(output.outputs[0].token_ids)) == (1, 2)
+        break
+    assert group._group.client.unfinished == 0
+
+
+def test_a_resumed_answer_is_the_one_that_was_given(group: dplaunch.Group, tmp_path: Path) -> None:
+    path, prompts = tmp_path / "run.jsonl", ["The sky is", "Grass is"]
+    params = sampling(max_tokens=6, logprobs=2, prompt_logprobs=1, n=2, temperature=0.8)
+    first = group.generate(prompts, params, resume=path)
+    again = group.generate(prompts, params, resume=path)
+    for old, new in zip(first, again, strict=True):
+        # Drawn by chance: they are equal only if they are the same.
+        assert [choice.text for choice in new.outputs] == [choice.text for choice in old.outputs]
+        assert [list(choice.token_ids) for choice in new.outputs] == [list(choice.token_ids) for choice in old.outputs]
+        assert [list(choice.logprobs) for choice in new.outputs] == [list(choice.logprobs) for choice in old.outputs]
+        assert list(new.prompt_logprobs) == list(old.prompt_logprobs)
+        assert (new.prompt, new.prompt_token_ids) == (old.prompt, old.prompt_token_ids)
+    assert len(path.read_text().splitlines()) == 3
 
 
 def test_ctrl_c_aborts_a_batch_and_leaves_the_group_usable(group: dplaunch.Group) -> None:

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dplaunch import bars, progress
-from dplaunch.bars import NotebookBar, TerminalBar, choose_bar
 from dplaunch.events import Event, Level, RankState
 from dplaunch.identity import Identity
 from dplaunch.live_table import screen
 from dplaunch.plan import RankSpec
-from dplaunch.progress import BatchProgress, LiveReporter, Reporter, ReportKind, make_reporter
+from dplaunch.progress import LiveReporter, Reporter, ReportKind, make_reporter
 
 T0 = 1000.0
 
@@ -277,105 +275,6 @@ def test_the_process_is_taken_from_the_message(monkeypatch: pytest.MonkeyPatch, 
         report(event(message, rank=0, state=RankState.READY))
     row = next(line for line in terminal.lines() if line.startswith("0  ready"))
     assert row.endswith(f"  {process}")
-
-
-class Clock:
-    """time.monotonic by hand."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
-    return clock
-
-
-def work(clock: Clock, prompts: int, seconds: float, *, enabled: bool | None = None) -> None:
-    with BatchProgress(prompts, enabled) as bar:
-        for _ in range(prompts):
-            clock.now += seconds / prompts
-            bar.advance(10)
-
-
-def test_a_batch_of_seconds_gets_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    terminal = take_terminal(monkeypatch)
-    work(clock, 40, 4.0)
-    text = terminal.getvalue()
-    assert "20/40 prompts  100 tokens/s  ETA 0:00:02" in text
-    assert "40/40 prompts  100 tokens/s  ETA 0:00:00" in text
-    assert " 5/40" not in text
-    assert not screen.locked()
-
-
-def test_a_batch_of_less_than_a_second_shows_nothing(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    terminal = take_terminal(monkeypatch)
-    work(clock, 40, 0.9)
-    assert terminal.getvalue() == ""
-
-
-def test_a_bar_that_is_not_wanted_is_not_drawn(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    terminal = take_terminal(monkeypatch)
-    work(clock, 40, 4.0, enabled=False)
-    assert terminal.getvalue() == ""
-
-
-def test_off_a_terminal_there_is_no_bar(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    work(clock, 40, 4.0)
-    assert stream.getvalue() == ""
-
-
-def test_an_empty_batch_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = take_terminal(monkeypatch)
-    with BatchProgress(0):
-        pass
-    assert terminal.getvalue() == ""
-
-
-def test_a_bar_is_drawn_at_most_four_times_a_second(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    terminal = take_terminal(monkeypatch)
-    work(clock, 4000, 4.0)
-    assert terminal.getvalue().count("tokens/s") <= 16
-
-
-def test_a_bar_waits_while_a_table_has_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    take_terminal(monkeypatch)
-    with make_reporter(ranks=1):
-        assert choose_bar(3) is None
-    bar = choose_bar(3)
-    assert isinstance(bar, TerminalBar)
-    bar.close()
-
-
-def test_a_terminal_that_goes_away_does_not_stop_the_work(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    terminal = take_terminal(monkeypatch)
-    with BatchProgress(10) as bar:
-        clock.now = 2.0
-        bar.advance()
-        terminal.close()
-        clock.now = 4.0
-        bar.advance()
-    assert not screen.locked()
-
-
-def test_in_a_notebook_one_line_is_overwritten() -> None:
-    stream = io.StringIO()
-    bar = NotebookBar(4, stream)
-    bar.draw(1, 12.3, None)
-    bar.draw(4, 1234.5, 0.0)
-    bar.close()
-    _, first, last = stream.getvalue().split("\r")
-    assert first.startswith("█" * 7 + "░" * 23 + " 1/4 prompts  12 tokens/s  ETA -:--:--")
-    assert last.startswith("█" * bars.BAR_WIDTH + " 4/4 prompts  1,234 tokens/s  ETA 0:00:00")
-    assert last.endswith("\n")
 
 
 def test_reporters_import_nothing_heavy() -> None:

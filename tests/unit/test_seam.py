@@ -146,6 +146,19 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         *("data_parallel_index", "data_parallel_size", "data_parallel_size_local", "distributed_executor_backend"),
         *("placement_group", "ray_runtime_env"),
     ),
+    # saved.py
+    "vllm.outputs:RequestOutput": (
+        *("request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "lora_request"),
+        "num_cached_tokens",
+    ),
+    "vllm.outputs:CompletionOutput": (
+        *("index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason"),
+        *("lora_request", "weight_versions"),
+    ),
+    "vllm.outputs:WeightVersionSpan": ("version", "start", "end"),
+    "vllm.outputs:PoolingRequestOutput": ("request_id", "outputs", "prompt_token_ids", "num_cached_tokens", "finished"),
+    "vllm.outputs:PoolingOutput": ("data",),
+    "vllm.logprobs:Logprob": ("logprob", "rank", "decoded_token"),
 }
 """The attributes that we read or set."""
 
