@@ -23,9 +23,11 @@ from dplaunch.errors import (
     RankFailedError,
     RequestError,
     ResourceError,
+    StandstillError,
     StartTimeoutError,
     UsageError,
     VllmError,
+    WeightsError,
 )
 
 if TYPE_CHECKING:
@@ -53,9 +55,11 @@ __all__ = [
     "RequestPolicy",
     "ResourceError",
     "RestartPolicy",
+    "StandstillError",
     "StartTimeoutError",
     "UsageError",
     "VllmError",
+    "WeightsError",
     "__version__",
     "launch",
     "launch_async",

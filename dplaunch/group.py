@@ -9,13 +9,13 @@ from typing import Any
 
 from dplaunch.batch import OnError, Prompt, run_batch, stream_one
 from dplaunch.events import Listener
-from dplaunch.life import GroupLife
+from dplaunch.model_control import ModelControl
 from dplaunch.progress import ReportKind, make_reporter
 from dplaunch.spec import LaunchSpec
 from dplaunch.supervisor import Supervisor
 
 
-class AsyncGroup(GroupLife):
+class AsyncGroup(ModelControl):
     """A group of data-parallel ranks, used from one event loop.
 
     Made by `dplaunch.launch_async`; use it as an async context manager, or call `close`.

@@ -14,12 +14,13 @@ from typing import Any, Self, TypeVar
 from dplaunch.batch import OnError, Prompt
 from dplaunch.events import Listener
 from dplaunch.group import AsyncGroup, open_group
+from dplaunch.model_control_sync import SyncModelControl
 from dplaunch.spec import LaunchSpec
 
 T = TypeVar("T")
 
 
-class Group:
+class Group(SyncModelControl):
     """A group of data-parallel ranks for code that does not use asyncio. Made by `dplaunch.launch`."""
 
     def __init__(self, spec: LaunchSpec, *, progress: bool | None, listeners: Sequence[Listener]) -> None:

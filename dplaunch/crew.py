@@ -1,0 +1,84 @@
+"""The ranks of a running group, as something that is told what to do and acknowledges it, all of them together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dplaunch.client import GroupClient
+from dplaunch.events import Event, Kind, Listener
+from dplaunch.rank import Rank
+from dplaunch.weights import Failures, Weights
+
+if TYPE_CHECKING:
+    from dplaunch.keeper import RankKeeper
+
+
+class Crew:
+    """What all changes of a running group need. Lives in the group's event loop.
+
+    Args:
+        weights: what the ranks should have.
+        client: has the requests.
+        keepers: the group's ranks at this moment.
+        replace: ends ranks without blame, and has them come up again.
+        emit: told what happens.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        client: GroupClient,
+        *,
+        keepers: Callable[[], Sequence[RankKeeper]],
+        replace: Callable[[Sequence[RankKeeper], str], Coroutine[Any, Any, None]],
+        emit: Listener,
+    ) -> None:
+        self.weights = weights
+        self.client = client
+        self.replace = replace
+        self.emit = emit
+        self.one = asyncio.Lock()
+        """Held by the change that is under way; the next one waits for it."""
+        self._keepers = keepers
+
+    @property
+    def targets(self) -> list[RankKeeper]:
+        """The ranks that are there to be changed: each that is up, the stale ones included."""
+        return [
+            keeper
+            for keeper in self._keepers()
+            if keeper.rank.admitted and keeper.rank.link is not None and not keeper.rank.link.closed
+        ]
+
+    async def tell_all(self, method: str, *args: Any, deadline: float) -> None:
+        """Calls every rank; one that lives and does not do as it is told is replaced."""
+        keepers = self.targets
+        _, failed = await self.weights.ask_all([keeper.rank for keeper in keepers], method, *args, deadline=deadline)
+        await self.put_aside(keepers, failed)
+
+    async def put_aside(self, keepers: Sequence[RankKeeper], failed: Failures) -> None:
+        """Replaces ranks that failed and live; those that died come back by themselves."""
+        for keeper in keepers:
+            error = failed.get(keeper.rank)
+            if error is None:
+                continue
+            keeper.rank.admitted = False
+            if keeper.rank.handle is not None and keeper.rank.handle.poll() is None:
+                await self.replace([keeper], words_of(error))
+
+    def say(self, words: str) -> None:
+        """Tells of a change."""
+        data = {"stance": self.weights.stance.value}
+        self.emit(Event(message=words, kind=Kind.WEIGHTS, data=data))
+
+
+def words_of(error: BaseException) -> str:
+    return getattr(error, "message", None) or str(error) or type(error).__name__
+
+
+def named(rank: Rank, error: BaseException) -> str:
+    words = words_of(error)
+    start = f"rank {rank.identity.rank}"
+    return words if words.startswith(start) else f"{start}: {words}"
