@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dplaunch.client import GroupClient
+from dplaunch.errors import GroupDeadError
 from dplaunch.events import Event, Kind, Listener
 from dplaunch.rank import Rank
 from dplaunch.weights import Failures, Weights
@@ -62,10 +63,9 @@ class Crew:
         """Replaces ranks that failed and live; those that died come back by themselves."""
         for keeper in keepers:
             error = failed.get(keeper.rank)
-            if error is None:
-                continue
-            keeper.rank.admitted = False
-            if keeper.rank.handle is not None and keeper.rank.handle.poll() is None:
+            # One that is not admitted any more has died since, and its next incarnation waits to be.
+            if error is not None and keeper.rank.admitted and not isinstance(error, GroupDeadError):
+                keeper.rank.admitted = False
                 await self.replace([keeper], words_of(error))
 
     def say(self, words: str) -> None:
@@ -75,10 +75,12 @@ class Crew:
 
 
 def words_of(error: BaseException) -> str:
+    """What an error says, in one line where it is one of ours."""
     return getattr(error, "message", None) or str(error) or type(error).__name__
 
 
 def named(rank: Rank, error: BaseException) -> str:
+    """The same, with the rank in front."""
     words = words_of(error)
     start = f"rank {rank.identity.rank}"
     return words if words.startswith(start) else f"{start}: {words}"

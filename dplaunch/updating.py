@@ -135,7 +135,8 @@ class Updates:
         weights.commit(source, version, checksum)
         self._standstill.weights_lost = False
         for keeper in keepers:
-            if keeper.rank not in failed:
+            # One that has died since is another incarnation's by now, which waits to be given them.
+            if keeper.rank not in failed and keeper.rank.admitted:
                 keeper.rank.weights, keeper.rank.stale = weights.number, ""
         # A base model's new weights take the adapters with them (`reset_lora_state`).
         await self._crew.tell_all("set_weight_version", version, deadline=deadline)
@@ -149,9 +150,10 @@ class Updates:
 
     async def _go_back(self, keepers: Sequence[RankKeeper], version: str) -> None:
         """Every rank that may have been changed is replaced: what it comes up with is what the group had."""
-        for keeper in keepers:
+        touched = [keeper for keeper in keepers if keeper.rank.admitted]
+        for keeper in touched:
             keeper.rank.admitted = False
-        await self._crew.replace(keepers, f"weights {version} are not in it as a whole")
+        await self._crew.replace(touched, f"weights {version} are not in it as a whole")
 
     def _with_state(self, error: BaseException, touched: bool) -> BaseException:
         if not isinstance(error, DplaunchError):

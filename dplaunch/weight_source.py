@@ -89,9 +89,7 @@ class Stream:
         bucket_bytes: after so many bytes a bucket is full.
     """
 
-    def __init__(
-        self, tensors: Callable[[], Tensors], lost: Callable[[], str], bucket_bytes: int
-    ) -> None:
+    def __init__(self, tensors: Callable[[], Tensors], lost: Callable[[], str], bucket_bytes: int) -> None:
         self._tensors = tensors
         self._lost = lost
         self._bucket_bytes = bucket_bytes
@@ -221,7 +219,7 @@ def _stream(given: Any, bucket_bytes: int) -> Stream:
             return made.items() if isinstance(made, Mapping) else made
 
         return Stream(called, lambda: "", bucket_bytes)
-    if isinstance(given, Iterable):
+    if isinstance(given, Iterable) and not isinstance(given, bytes):
         used = iter(given)
         return Stream(lambda: used, lambda: "they came as an iterator, which gives them once", bucket_bytes)
     raise UsageError(

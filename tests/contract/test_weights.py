@@ -233,7 +233,7 @@ async def test_what_no_rank_can_load_is_refused_and_all_have_the_first_weights(l
     fault = Fault(when=When.WEIGHTS, error="There is no module named 'scale'")
     watched = await launch(StandInPlan(faults={(rank, 0): fault for rank in range(2)}))
     group = watched.group
-    with pytest.raises(WeightsError, match="no rank could load weights 1: rank 0: .*no module named 'scale'"):
+    with pytest.raises(WeightsError, match=r"no rank could load weights 1: rank 0: .*no module named 'scale'"):
         await group.update_weights(tensors(1))
     await until(watched, 1, "ready")
     await poll_until_async(lambda: group.client.ranks == [0, 1], BACK_S)
