@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --reruns 1
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale clean
+.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale bench-weights clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
@@ -63,6 +63,9 @@ bench-recover: env ## a rank is killed under load, beside stock vLLM (ARGS="--qu
 
 bench-scale: env ## 1 to 256 ranks on this machine, with stand-in engines (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.bench_scale $(ARGS)
+
+bench-weights: env ## new weights in 1 to 8 ranks, from memory and from disk (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.bench_weights $(ARGS)
 
 clean: ## removes everything that make made, .venv too
 	rm -rf .venv build dist dplaunch.egg-info .mypy_cache .ruff_cache .pytest_cache

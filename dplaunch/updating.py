@@ -108,7 +108,9 @@ class Updates:
         except BaseException as error:
             if touched:
                 await asyncio.shield(self._go_back(keepers, version))
-            raise self._with_state(error, touched) from error
+            if isinstance(error, DplaunchError):
+                raise self._with_state(error, touched) from error
+            raise
         checksum = next(iter(checksums.values()), "")
         await self._commit(source, version, checksum, keepers, failed, deadline)
         good = [rank.identity.rank for rank in ranks if rank not in failed]
@@ -155,9 +157,7 @@ class Updates:
             keeper.rank.admitted = False
         await self._crew.replace(touched, f"weights {version} are not in it as a whole")
 
-    def _with_state(self, error: BaseException, touched: bool) -> BaseException:
-        if not isinstance(error, DplaunchError):
-            return error
+    def _with_state(self, error: DplaunchError, touched: bool) -> WeightsError:
         version, lost = self._weights.version, self._weights.source.lost()
         if not touched:
             state = f"Nothing was changed: all ranks have weights {version}."

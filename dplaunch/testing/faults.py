@@ -74,6 +74,7 @@ class StandInPlan:
         dtype: reported as the model's.
         report_finished: whether answers name the requests that they end. vLLM does so only where a
             coordinator balances the ranks; without one, a client goes by each output's finish reason.
+        copies_weights: whether the engines copy what they are given, as a loader would, in place of a checksum over it.
         on_this_host: whether the engines can map the launcher's memory; else they pretend to be on another host.
     """
 
@@ -84,6 +85,7 @@ class StandInPlan:
     max_model_len: int = 2048
     dtype: str = "float32"
     report_finished: bool = False
+    copies_weights: bool = False
     on_this_host: bool = True
 
     def fault_of(self, rank: int, incarnation: int) -> Fault:

@@ -43,7 +43,7 @@ class Utilities:
         self._fault = plan.fault_of(boot.rank, boot.incarnation)
         self._loras: set[int] = set()
         self._weight_version = "default"
-        self.weights = StandInWeights()
+        self.weights = StandInWeights(plan.copies_weights)
         self._asleep: set[str] = set()
         self._paused = False
 

@@ -58,10 +58,9 @@ def kill(watched: Watched, rank: int) -> None:
 
 
 @pytest.fixture
-def small_buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several for a small model."""
     monkeypatch.setattr("dplaunch.weight_source.BUCKET_BYTES", 1000)
-    return
 
 
 @pytest.mark.usefixtures("small_buckets")
