@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ from dplaunch.weights import Failures, Weights
 
 if TYPE_CHECKING:
     from dplaunch.keeper import RankKeeper
+
+
+ACKNOWLEDGE_S = 30.0
+"""Seconds that ranks get at least to acknowledge a step; an engine's step, which comes first, may take seconds."""
 
 
 class Crew:
@@ -54,8 +59,12 @@ class Crew:
         ]
 
     async def tell_all(self, method: str, *args: Any, deadline: float) -> None:
-        """Calls every rank; one that lives and does not do as it is told is replaced."""
+        """Calls every rank; one that lives and does not do as it is told is replaced.
+
+        Each gets `ACKNOWLEDGE_S` at least, also when what came before has used up the time.
+        """
         keepers = self.targets
+        deadline = max(deadline, time.monotonic() + ACKNOWLEDGE_S)
         _, failed = await self.weights.ask_all([keeper.rank for keeper in keepers], method, *args, deadline=deadline)
         await self.put_aside(keepers, failed)
 

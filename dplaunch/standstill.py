@@ -16,9 +16,6 @@ PauseMode = Literal["wait", "keep", "abort"]
 """What becomes of requests in flight: they end first, they stand still and go on later, or they end with what they
 have."""
 
-ACKNOWLEDGE_S = 30.0
-"""Seconds that ranks get to go on after a change that used up its own time."""
-
 
 class Standstill:
     """Pauses a group, puts it to sleep, and wakes it.
@@ -115,7 +112,7 @@ class Standstill:
             yield
         finally:
             # Also when the time is up: a group must not stay paused that nobody paused.
-            await asyncio.shield(self._go_on(max(deadline, time.monotonic() + ACKNOWLEDGE_S)))
+            await asyncio.shield(self._go_on(deadline))
 
     async def _stop(self, mode: PauseMode, deadline: float) -> None:
         client = self._crew.client
@@ -132,7 +129,7 @@ class Standstill:
                 await self._crew.tell_all("pause_scheduler", engines, True, deadline=deadline)
         except BaseException as error:
             running = client.unfinished - client.queued
-            await asyncio.shield(self._go_on(time.monotonic() + ACKNOWLEDGE_S))
+            await asyncio.shield(self._go_on(deadline))
             if isinstance(error, TimeoutError):
                 raise StandstillError(
                     f"the group did not stand still in time: {running} requests were still running",

@@ -135,6 +135,7 @@ class Updates:
     ) -> None:
         weights = self._weights
         weights.commit(source, version, checksum)
+        await self._crew.put_aside(keepers, failed)
         self._standstill.weights_lost = False
         for keeper in keepers:
             # One that has died since is another incarnation's by now, which waits to be given them.
@@ -148,7 +149,6 @@ class Updates:
         for keeper in keepers:
             if keeper.rank.state is RankState.STALE and not keeper.rank.stale:
                 keeper.is_current(version)
-        await self._crew.put_aside(keepers, failed)
 
     async def _go_back(self, keepers: Sequence[RankKeeper], version: str) -> None:
         """Every rank that may have been changed is replaced: what it comes up with is what the group had."""

@@ -24,6 +24,9 @@ from dplaunch.weight_source import Initial, Source
 FIRST_VERSION = "0"
 """The version of the weights that ranks are started with."""
 
+LAG_S = 30.0
+"""Seconds that ranks may take longer than the first of them for the same step, beside four times as long as it."""
+
 Failures = dict[Rank, Exception]
 """Ranks that did not do as they were told, and why."""
 
@@ -191,13 +194,29 @@ class Weights:
     async def ask_all(
         self, ranks: Sequence[Rank], method: str, *args: Any, deadline: float | None = None
     ) -> tuple[dict[Rank, Any], Failures]:
-        """Calls ranks side by side: what each answered, and why the others did not."""
-        calls = (self.ask(rank, method, *args, deadline=deadline) for rank in ranks)
-        results = await asyncio.gather(*calls, return_exceptions=True)
+        """Calls ranks side by side: what each answered, and why the others did not.
+
+        One that hangs must not use up the time of all: when the first has answered, the others have `LAG_S`.
+        """
+        began = time.monotonic()
+        tasks = {asyncio.ensure_future(self.ask(rank, method, *args, deadline=deadline)): rank for rank in ranks}
+        waiting, limit = set(tasks), float("inf")
+        try:
+            while waiting and (now := time.monotonic()) < limit:
+                timeout = None if limit == float("inf") else limit - now
+                done, waiting = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                if limit == float("inf") and any(task.exception() is None for task in done):
+                    limit = time.monotonic() + LAG_S + 4 * (time.monotonic() - began)
+        finally:
+            for task in waiting:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
         answers: dict[Rank, Any] = {}
         failed: Failures = {}
-        for rank, result in zip(ranks, results, strict=True):
-            if isinstance(result, Exception):
+        for rank, result in zip(tasks.values(), results, strict=True):
+            if isinstance(result, asyncio.CancelledError):
+                failed[rank] = TimeoutError(f"rank {rank.identity.rank} did not acknowledge in time")
+            elif isinstance(result, Exception):
                 failed[rank] = result
             elif isinstance(result, BaseException):
                 raise result

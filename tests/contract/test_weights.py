@@ -187,11 +187,14 @@ async def test_a_rank_that_fails_at_an_update_is_replaced_by_one_with_the_new_we
     await answers_with(group, checksum_of(weights.items()))
 
 
-async def test_a_rank_that_does_not_acknowledge_in_time_is_replaced(launch: Launch) -> None:
+async def test_a_rank_that_does_not_acknowledge_in_time_is_replaced(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dplaunch.weights.LAG_S", 0.5)
     plan = StandInPlan(faults={(1, 0): Fault(when=When.WEIGHTS, hang=True)})
     watched = await launch(plan)
     group, weights = watched.group, tensors(1)
-    done = await group.update_weights(weights, verify=False, timeout_s=1.0)
+    done = await group.update_weights(weights)
     assert "did not acknowledge in time" in done.behind[1]
     await until(watched, 1, "ready")
     await poll_until_async(lambda: group.client.ranks == [0, 1])
