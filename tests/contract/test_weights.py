@@ -317,7 +317,8 @@ async def test_an_adapter_is_loaded_swapped_and_removed_in_all_ranks_and_in_one_
     assert first.lora_int_id != second.lora_int_id
     here = [second.lora_int_id]
     assert [list(loaded) for loaded in await group.call("list_loras")] == [here, here]
-    await group.update_weights(tensors(1))
+    weights = tensors(1)
+    await group.update_weights(weights)
     assert [list(loaded) for loaded in await group.call("list_loras")] == [here, here]
     kill(watched, 0)
     await until(watched, 0, "ready")
@@ -325,5 +326,7 @@ async def test_an_adapter_is_loaded_swapped_and_removed_in_all_ranks_and_in_one_
     assert [list(loaded) for loaded in await group.call("list_loras")] == [here, here]
     await group.unload_lora("style")
     assert [list(loaded) for loaded in await group.call("list_loras")] == [[], []]
+    assert group.loras == {}
+    await answers_with(group, checksum_of(weights.items()))
     with pytest.raises(UsageError, match="no adapter 'style'"):
         await group.unload_lora("style")

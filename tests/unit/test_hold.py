@@ -31,7 +31,7 @@ async def test_what_has_begun_moves_while_it_is_waited_for_and_nothing_else_does
     rig = Moves(2)
     rig.ask("begun", temperature=0.0)
     rank = rig.holder("begun")
-    rig.answer(rank, output("begun", [7]))
+    rig.answer(rank, output("begun"))
     rig.ask("new", temperature=0.0)
     assert rig.holder("new") != rank
     rig.client.hold(begun_go_on=True)
@@ -45,7 +45,7 @@ async def test_what_has_begun_moves_while_it_is_waited_for_and_nothing_else_does
     assert rig.links[0].added == ["begun"]
     await asyncio.sleep(0)
     assert not quiet.done()
-    rig.answer(0, output("begun", [8], finish="stop"))
+    rig.answer(0, output("begun", ends=True))
     await asyncio.wait_for(quiet, 1)
     rig.client.release()
     assert rig.links[0].added == ["begun", "new"]
@@ -55,7 +55,7 @@ async def test_an_answer_that_began_on_other_weights_does_not_move_and_one_that_
     rig = Moves(2)
     rig.ask("begun", temperature=0.0)
     rank = rig.holder("begun")
-    rig.answer(rank, output("begun", [7]))
+    rig.answer(rank, output("begun"))
     rig.client.new_weights()
     rig.ask("x", temperature=0.0)
     rig.ask("later", temperature=0.0)
@@ -70,7 +70,7 @@ async def test_an_answer_that_began_on_other_weights_does_not_move_and_one_that_
 async def test_what_waits_with_an_answer_begun_ends_when_the_weights_change_meanwhile() -> None:
     rig = Moves(1)
     rig.ask("begun", temperature=0.0)
-    rig.answer(0, output("begun", [7]))
+    rig.answer(0, output("begun"))
     rig.client.hold()
     rig.kill(0)
     rig.outcomes()
