@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dplaunch.client import GroupClient
-from dplaunch.errors import GroupDeadError
+from dplaunch.errors import GroupDeadError, WeightsError
 from dplaunch.events import Event, Kind, Listener
 from dplaunch.rank import Rank
 from dplaunch.weights import Failures, Weights
@@ -62,10 +62,16 @@ class Crew:
         """Calls every rank; one that lives and does not do as it is told is replaced.
 
         Each gets `ACKNOWLEDGE_S` at least, also when what came before has used up the time.
+
+        Raises:
+            WeightsError: when it fails in all of them: that is no rank's fault, and none is replaced.
         """
         keepers = self.targets
         deadline = max(deadline, time.monotonic() + ACKNOWLEDGE_S)
         _, failed = await self.weights.ask_all([keeper.rank for keeper in keepers], method, *args, deadline=deadline)
+        if failed and len(failed) == len(keepers) and all(isinstance(each, RuntimeError) for each in failed.values()):
+            rank, error = next(iter(failed.items()))
+            raise WeightsError(f"{method} fails in all ranks: {named(rank, error)}") from error
         await self.put_aside(keepers, failed)
 
     async def put_aside(self, keepers: Sequence[RankKeeper], failed: Failures) -> None:

@@ -59,13 +59,22 @@ class Standstill:
                 if weights.level != level:
                     raise UsageError(f"the group is asleep at level {weights.level} already", hint="Wake it first.")
                 return
-            if weights.stance is Stance.SERVING:
+            served = weights.stance is Stance.SERVING
+            if served:
                 await self._stop(mode, deadline)
-            async with weights.lock:
-                weights.stance, weights.level = Stance.ASLEEP, level
-                self.weights_lost = level > 1
-                # "keep": whatever had to end has ended, and what is left goes on when the group is awake.
-                await self._crew.tell_all("sleep", level, "keep", deadline=deadline)
+            lost = self.weights_lost
+            try:
+                async with weights.lock:
+                    # Before anyone sleeps: whatever interrupts this, wake_up() ends it.
+                    weights.stance, weights.level = Stance.ASLEEP, level
+                    self.weights_lost = level > 1
+                    # "keep": whatever had to end has ended, and what is left goes on when the group is awake.
+                    await self._crew.tell_all("sleep", level, "keep", deadline=deadline)
+            except WeightsError:
+                weights.stance, self.weights_lost = Stance.PAUSED, lost
+                if served:
+                    await self._go_on(deadline)
+                raise
             self._crew.say(f"the group is asleep (level {level})")
 
     async def wake_up(self, timeout_s: float) -> None:
@@ -138,10 +147,12 @@ class Standstill:
             raise
 
     async def _go_on(self, deadline: float) -> None:
-        async with self._weights.lock:
-            self._weights.stance = Stance.SERVING
-            await self._crew.tell_all("resume_scheduler", deadline=deadline)
-        self._crew.client.release()
+        try:
+            async with self._weights.lock:
+                self._weights.stance = Stance.SERVING
+                await self._crew.tell_all("resume_scheduler", deadline=deadline)
+        finally:
+            self._crew.client.release()
 
 
 def _check_mode(mode: str) -> None:

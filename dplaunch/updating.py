@@ -141,11 +141,16 @@ class Updates:
             # One that has died since is another incarnation's by now, which waits to be given them.
             if keeper.rank not in failed and keeper.rank.admitted:
                 keeper.rank.weights, keeper.rank.stale = weights.number, ""
-        # A base model's new weights take the adapters with them (`reset_lora_state`).
         await self._crew.tell_all("set_weight_version", version, deadline=deadline)
         await self._crew.tell_all("reset_prefix_cache", True, True, deadline=deadline)
-        for lora in weights.loras.values():
-            await self._crew.tell_all("add_lora", lora, deadline=deadline)
+        # A base model's new weights take the adapters with them (`reset_lora_state`).
+        for name, lora in list(weights.loras.items()):
+            try:
+                await self._crew.tell_all("add_lora", lora, deadline=deadline)
+            except WeightsError as error:
+                del weights.loras[name]
+                words = f"the adapter {name} is gone after the update: {error.message}"
+                self._crew.emit(Event(message=words, kind=Kind.WEIGHTS, level=Level.WARNING))
         for keeper in keepers:
             if keeper.rank.state is RankState.STALE and not keeper.rank.stale:
                 keeper.is_current(version)

@@ -85,7 +85,9 @@ class Weights:
         if rank.weights != self.number:
             rank.stale = await self._replay(rank)
         for lora in self.loras.values():
-            await self.ask(rank, "add_lora", lora)
+            # One that cannot be read any more fails the requests that name it, and is no reason to be without the rank.
+            with contextlib.suppress(RuntimeError):
+                await self.ask(rank, "add_lora", lora)
         if self.stance is Stance.PAUSED:
             await self.ask(rank, "pause_scheduler", "abort", True)
         elif self.stance is Stance.ASLEEP:

@@ -92,6 +92,8 @@ class Utilities:
         return bool(self._asleep)
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        if not self._plan.can_sleep:
+            raise ValueError("sleep mode is not enabled")
         if mode == "abort":
             self._abort_all()
         self._asleep = {"weights", "kv_cache"}

@@ -151,3 +151,12 @@ async def test_a_rank_that_dies_while_the_group_falls_asleep_is_brought_back_asl
     await group.wake_up()
     assert [tokens(output) for output in await batch] == [expected_tokens(prompt, 10) for prompt in PROMPTS]
     await answers_with(group, "")
+
+
+async def test_engines_that_cannot_sleep_are_left_awake_and_the_group_serves_on(launch: Launch) -> None:
+    watched = await launch(StandInPlan(can_sleep=False))
+    with pytest.raises(WeightsError, match=r"sleep fails in all ranks: rank 0: .*sleep mode is not enabled"):
+        await watched.group.sleep()
+    assert snapshot(watched.group)["stance"] == "serving"
+    await answers_with(watched.group, "")
+    assert watched.states(0) == watched.states(1) == [("starting", 0), ("ready", 0)]
