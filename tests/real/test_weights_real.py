@@ -12,7 +12,13 @@ import pytest
 
 import dplaunch
 from dplaunch.testing import poll_until
+from tests.conftest import shared_pids
+from tests.leaks import Snapshot, left_of_a_shared_group
 from tests.real.conftest import ENGINE_ARGS, START_S
+
+pytestmark = pytest.mark.leaves(
+    "the ranks of its group are replaced; what is left of the group is looked for at its end"
+)
 
 PROMPTS = ["The capital of France is", "Seven sheep went to", "def add(a, b):"]
 TOKENS = 8
@@ -29,8 +35,10 @@ def tuned(smollm: str) -> Any:
 
 @pytest.fixture(scope="module")
 def own_group(smollm: str) -> Iterator[dplaunch.Group]:
+    before = Snapshot.take()
     with dplaunch.launch(model=smollm, dp=2, progress=False, **ENGINE_ARGS) as group:
         yield group
+    assert left_of_a_shared_group(before, shared_pids) == []
 
 
 def shift(model: Any, seed: int) -> None:
