@@ -36,10 +36,10 @@ async def test_what_has_begun_moves_while_it_is_waited_for_and_nothing_else_does
     assert rig.holder("new") != rank
     rig.client.hold(begun_go_on=True)
     quiet = asyncio.ensure_future(rig.client.until_quiet())
-    rig.down(rank)
+    rig.down(rank, blame=False)
     other = rig.links[1 - rank]
     assert other.added == ["new", "begun"]
-    rig.down(1 - rank)
+    rig.down(1 - rank, blame=False)
     rig.up(0, 1)
     # What had shown nothing is answered after the change, as what comes now.
     assert rig.links[0].added == ["begun"]
