@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dplaunch.client import GroupClient
@@ -30,6 +30,7 @@ class Crew:
         keepers: the group's ranks at this moment.
         replace: ends ranks without blame, and has them come up again.
         emit: told what happens.
+        forget_media: has the frontend send images whole again, before the engines forget them.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class Crew:
         keepers: Callable[[], Sequence[RankKeeper]],
         replace: Callable[[Sequence[RankKeeper], str], Coroutine[Any, Any, None]],
         emit: Listener,
+        forget_media: Callable[[], Awaitable[None]],
     ) -> None:
         self.weights = weights
         self.client = client
         self.replace = replace
         self.emit = emit
+        self.forget_media = forget_media
         self.one = asyncio.Lock()
         """Held by the change that is under way; the next one waits for it."""
         self._keepers = keepers

@@ -137,9 +137,7 @@ class GroupLife(GroupParts):
             on_dead=self._on_dead,
             admit=weights.admit,
         )
-        self._steer(
-            Crew(weights, client, keepers=lambda: supervisor.keepers, replace=supervisor.replace, emit=self._emit)
-        )
+        self._steer(self._crew_of(weights, client, supervisor))
         self._context = zmq.Context()
         self._address = await backend.address()
         await self._start_ranks_and_engine(backend, client, supervisor, imported)
@@ -231,6 +229,16 @@ class GroupLife(GroupParts):
         await self.close()
 
     # Parts.
+
+    def _crew_of(self, weights: Weights, client: GroupClient, supervisor: Supervisor) -> Crew:
+        return Crew(
+            weights,
+            client,
+            keepers=lambda: supervisor.keepers,
+            replace=supervisor.replace,
+            emit=self._emit,
+            forget_media=lambda: frontend.forget_media(self._engine),
+        )
 
     def _steer(self, crew: Crew) -> None:
         """Takes what changes of the group that runs are made with; here nobody makes any."""

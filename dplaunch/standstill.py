@@ -128,6 +128,8 @@ class Standstill:
         # Here and not in the engines: what moves from a rank that dies meanwhile is among those that are waited for.
         client.hold(begun_go_on=mode == "wait")
         try:
+            # What comes from here on is sent whole; the engines' caches are emptied with the pause.
+            await self._crew.forget_media()
             if mode == "wait":
                 async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
                     await client.until_quiet()

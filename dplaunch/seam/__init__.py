@@ -17,7 +17,8 @@ Checked with vLLM 0.32. What we rely on, and where:
 * wire.py, the data path: `EngineCoreRequest`, `EngineCoreOutputs`, `MsgpackEncoder`, `MsgpackDecoder`, and the bytes
   of the handshake.
 * frontend.py, AsyncLLM over our client: `EngineCoreClient.make_async_mp_client`, `AsyncMPClient`,
-  `MPClient._apply_ready_response`, `AsyncLLM`, `OutputProcessor.request_states`, and that /health
+  `MPClient._apply_ready_response`, `AsyncLLM`, `BaseRenderer.clear_mm_cache_async`, `OutputProcessor.request_states`,
+  and that /health
   asks `AsyncLLM.check_health` and takes `EngineDeadError` for a no.
 * resize.py, another number of ranks: `AsyncLLM.logger_manager`, `StatLoggerManager.stat_loggers` and `engine_indexes`,
   `PerEngineStatLoggerAdapter.per_engine_stat_loggers`, and that `PrometheusStatLogger` makes its metrics through

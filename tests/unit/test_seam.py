@@ -156,6 +156,7 @@ SIGNATURES: Mapping[str, str] = {
     ),
     "vllm.v1.engine.async_llm:AsyncLLM.abort": "self, request_id, internal=",
     "vllm.v1.engine.async_llm:AsyncLLM.check_health": "self",
+    "vllm.renderers:BaseRenderer.clear_mm_cache_async": "self",
 }
 """What we call or override, as "module:name", with its parameters; a trailing = means that there is a default."""
 
