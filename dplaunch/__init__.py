@@ -24,9 +24,11 @@ from dplaunch.errors import (
     RequestError,
     ResourceError,
     ResultsFileError,
+    StandstillError,
     StartTimeoutError,
     UsageError,
     VllmError,
+    WeightsError,
 )
 
 if TYPE_CHECKING:
@@ -57,9 +59,11 @@ __all__ = [
     "ResourceError",
     "RestartPolicy",
     "ResultsFileError",
+    "StandstillError",
     "StartTimeoutError",
     "UsageError",
     "VllmError",
+    "WeightsError",
     "__version__",
     "launch",
     "launch_async",

@@ -145,6 +145,30 @@ class GroupClient:
         """What each rank has done so far; a rank that has done nothing yet has zeros."""
         return self._requests.rank_counters
 
+    # Standstill: while the group is paused, asleep or gets other weights, requests wait here.
+
+    @property
+    def is_held(self) -> bool:
+        """Whether requests wait, whatever ranks there are."""
+        return self._dispatch.held
+
+    def hold(self, begun_go_on: bool = False) -> None:
+        """No request is sent to a rank from now on, but, if told so, those that have begun to answer and must move."""
+        self._dispatch.held, self._dispatch.begun_go_on = True, begun_go_on
+
+    def release(self) -> None:
+        """Requests are sent again, those that waited first."""
+        self._dispatch.held = False
+        self._dispatch.send_waiting()
+
+    async def until_quiet(self) -> None:
+        """Returns when no rank has a request; meant for a group that is held."""
+        await self._requests.until_quiet()
+
+    def new_weights(self) -> None:
+        """What has begun to answer until now began on other weights: it is not moved to another rank any more."""
+        self._dispatch.epoch += 1
+
     def know_engines(self, traits: EngineTraits) -> None:
         """Tells what keeps requests of these engines from moving."""
         self._requests.traits = traits

@@ -9,6 +9,7 @@ from typing import Any
 
 from dplaunch.inflight import InFlight
 from dplaunch.link import RankLink
+from dplaunch.migrate import OTHER_WEIGHTS
 from dplaunch.router import Router
 from dplaunch.seam import wire
 from dplaunch.seam.requests import continued
@@ -31,6 +32,12 @@ class Dispatcher:
         self.waiting: dict[str, InFlight] = {}
         """Requests that no rank has, in the order in which they came to wait."""
         self.router = Router()
+        self.epoch = 0
+        """Which weights the ranks have: one more at each change of them."""
+        self.held = False
+        """Whether requests wait here, whatever ranks there are."""
+        self.begun_go_on = False
+        """Whether those that have begun to answer are sent all the same: they are being waited for."""
         self._encode = encode
         self._suspects = suspects
         self._lose = lose
@@ -84,7 +91,11 @@ class Dispatcher:
 
     def send(self, entry: InFlight) -> None:
         """Sends a request to a rank, or lets it wait for one, or ends it when it is pinned to one that never comes."""
-        rank = self._route(entry)
+        if entry.shown and entry.epoch != self.epoch:
+            self._lose(entry, OTHER_WEIGHTS)
+            return
+        waits = self.held and not (self.begun_go_on and entry.shown)
+        rank = None if waits else self._route(entry)
         if rank is None:
             if entry.pinned is not None and entry.pinned in self._gone:
                 self._lose(entry, f"it is pinned to rank {entry.pinned}, which does not come back")

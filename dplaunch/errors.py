@@ -101,6 +101,18 @@ class GroupDeadError(DplaunchError):
     exit_code = ExitCode.GROUP_DEAD
 
 
+class WeightsError(DplaunchError):
+    """Raised when weights or an adapter could not be changed; says which ranks it was due to and what they have now."""
+
+    exit_code = ExitCode.INTERNAL
+
+
+class StandstillError(DplaunchError):
+    """Raised when requests were still running at the deadline of a pause; the group serves on."""
+
+    exit_code = ExitCode.INTERNAL
+
+
 class BackendError(DplaunchError):
     """Raised when the backend is unknown, not installed, or cannot do what was asked of it."""
 

@@ -19,6 +19,7 @@ class RankState(enum.StrEnum):
     STOPPING = "stopping"  # it was asked to end
     STOPPED = "stopped"  # it ended as asked
     FAILED = "failed"  # it ended and does not come back
+    STALE = "stale"  # it runs with other weights than the group's, and takes no requests
 
 
 class Kind(enum.StrEnum):
@@ -34,6 +35,7 @@ class Kind(enum.StrEnum):
     REFUSED = "refused"  # requests were turned away: nothing can take them
     SCALE = "scale"  # the number of ranks changes, or a change failed
     ROLL = "roll"  # ranks are restarted on request
+    WEIGHTS = "weights"  # the weights changed, or did not; the group paused, slept or went on
     GROUP = "group"  # the group is ready, degraded, dead, or closed
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dplaunch.batch import OnError, Prompt, iter_batch, run_batch, stream_one
 from dplaunch.batch_progress import Progress
 from dplaunch.events import Listener
-from dplaunch.life import GroupLife
+from dplaunch.model_control import ModelControl
 from dplaunch.progress import ReportKind, make_reporter
 from dplaunch.resume_keys import Keys
 from dplaunch.saved_batch import Resume
@@ -18,7 +18,7 @@ from dplaunch.spec import LaunchSpec
 from dplaunch.supervisor import Supervisor
 
 
-class AsyncGroup(GroupLife):
+class AsyncGroup(ModelControl):
     """A group of data-parallel ranks, used from one event loop.
 
     Made by `dplaunch.launch_async`; use it as an async context manager, or call `close`.
@@ -112,12 +112,12 @@ class AsyncGroup(GroupLife):
 
     def _facts(self) -> dict[str, Any]:
         """What a batch has to know of its group."""
-        counters = self.client.rank_counters
+        counters, weights = self.client.rank_counters, self._crew.weights
         return {
             "slots": lambda: self.config.max_num_seqs * len(self.plan.ranks),
             "rank_tokens": lambda: {rank: counted.tokens for rank, counted in counters.items()},
-            # An answer of other weights is another answer.
-            "weights": getattr(self, "weight_version", None),
+            # An answer of other weights is another answer; those of the start have no say in what they are called.
+            "weights": weights.version if weights.number else None,
         }
 
     async def stream(

@@ -20,10 +20,12 @@ def readiness(group: GroupLife) -> dict[str, Any]:
     now, seen = snapshot(group), group.seen
     supervisor, client = seen.supervisor, seen.client
     needed = now["min_ranks"] if supervisor is None else supervisor.needed
-    taking = 0 if client is None or seen.error is not None or seen.is_closing else len(client.ranks)
+    rests = client is None or client.is_held or seen.error is not None or seen.is_closing
+    taking = 0 if client is None or rests else len(client.ranks)
     return {
         "ready": taking >= needed,
         "state": now["state"],
+        "stance": now["stance"],
         "needed": needed,
         "take_requests": taking,
         "answer": now["ready"],

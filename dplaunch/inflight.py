@@ -37,6 +37,7 @@ class InFlight:
         deaths: the ranks that died with it in flight.
         suspicion: how many of these it may be the cause of.
         steps: outputs since it was sent to the rank that has it.
+        epoch: the weights that its answer began on.
     """
 
     parts: list[Any]
@@ -49,6 +50,7 @@ class InFlight:
     deaths: list[Death] = field(default_factory=list)
     suspicion: int = 0
     steps: int = 0
+    epoch: int = 0
 
     @property
     def request_id(self) -> str:

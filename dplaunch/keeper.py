@@ -51,7 +51,11 @@ class RankKeeper:
         except TimeoutError:
             raise self._failed(self._timeout(time.monotonic() - started)) from None
         await self._until_proven(boot, link, started, deadline)
-        self._say_ready(time.monotonic() - started)
+        if rank.stale:
+            words = f"rank {number} takes no requests until the next update: its weights are stale, since {rank.stale}"
+            self.enter(RankState.STALE, words, Level.WARNING, {"why": rank.stale})
+        else:
+            self._say_ready(time.monotonic() - started)
         if join:
             self.join()
 
@@ -93,6 +97,7 @@ class RankKeeper:
                     f"rank {rank.identity.rank} says that its {name} is {report[name]!r}, not {wanted!r}",
                     hint="This is a fault of dplaunch or of an unsupported vLLM: please report it.",
                 )
+        await tools.admit(rank)
 
     def _say_ready(self, started_s: float) -> None:
         rank = self.rank
@@ -108,10 +113,16 @@ class RankKeeper:
         self.enter(RankState.READY, f"rank {number} is back after {away_s:.1f} s{process}", Level.WARNING)
 
     def join(self) -> None:
-        """Puts the rank, which is ready, into routing."""
-        if self.rank.link is not None:
+        """Puts the rank, which is ready, into routing; one that is stale stays out of it."""
+        if self.rank.link is not None and self.rank.state is RankState.READY:
             self.rank.answers = True
             self._tools.client.up(self.rank.link)
+
+    def is_current(self, version: str) -> None:
+        """The rank, which was stale, has the group's weights now."""
+        self.rank.down_since = None
+        self.enter(RankState.READY, f"rank {self.rank.identity.rank} has weights {version} and takes requests")
+        self.join()
 
     async def live(self) -> str:
         """Watches the rank, and brings it back when it dies or is down; returns, with the cause, when it stays away."""
@@ -145,6 +156,7 @@ class RankKeeper:
     async def end(self, reason: str) -> None:
         """Ends the rank at once, for no fault of its requests: they move without blame. It is DOWN then."""
         rank = self.rank
+        rank.admitted = False
         if rank.link is not None and rank.answers:
             self._watch.leave(rank.link, reason, blame=False)
         rank.answers = False
@@ -152,7 +164,7 @@ class RankKeeper:
             rank.handle.kill()
             rank.last_exit = await self._watch.killed(rank.handle)
         self.let_go()
-        if rank.state in (RankState.STARTING, RankState.READY):
+        if rank.state in (RankState.STARTING, RankState.READY, RankState.STALE):
             self.enter(RankState.DOWN, f"rank {rank.identity.rank} is ended: {reason}")
 
     async def _restart(self) -> bool:
@@ -244,6 +256,7 @@ class RankKeeper:
 
     def let_go(self) -> None:
         """Closes the incarnation's sockets."""
+        self.rank.admitted, self.rank.stale = False, ""
         if self.rank.link is not None:
             self.rank.link.close()
 

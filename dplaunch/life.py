@@ -19,6 +19,7 @@ from dplaunch import known_flags, seam
 from dplaunch.backend import Backend, RankBoot, load_backend
 from dplaunch.changes import Changes
 from dplaunch.client import SETTLE_S, GroupClient
+from dplaunch.crew import Crew
 from dplaunch.drain import drain
 from dplaunch.errors import DplaunchError, GroupClosedError, UsageError
 from dplaunch.events import Event, Level, Listener
@@ -41,6 +42,7 @@ from dplaunch.sight import Sight
 from dplaunch.spec import VLLM_ENGINE, LaunchSpec, Mode
 from dplaunch.supervisor import Supervisor
 from dplaunch.threads import in_thread
+from dplaunch.weights import Weights
 
 
 class GroupLife(GroupParts):
@@ -123,7 +125,8 @@ class GroupLife(GroupParts):
             emit=self._emit,
             settle_s=SETTLE_S,
         )
-        self._supervisor = Supervisor(
+        weights = self.weights = Weights(client)
+        supervisor = self._supervisor = Supervisor(
             plan,
             backend,
             client,
@@ -132,10 +135,12 @@ class GroupLife(GroupParts):
             data_path=imported,
             emit=self._emit,
             on_dead=self._on_dead,
+            admit=weights.admit,
         )
+        self._steer(self._crew_of(weights, client, supervisor))
         self._context = zmq.Context()
         self._address = await backend.address()
-        await self._start_ranks_and_engine(backend, client, self._supervisor, imported)
+        await self._start_ranks_and_engine(backend, client, supervisor, imported)
 
     async def _start_ranks_and_engine(
         self, backend: Backend, client: GroupClient, supervisor: Supervisor, imported: asyncio.Future[None]
@@ -203,6 +208,8 @@ class GroupLife(GroupParts):
         finally:
             if self._backend is not None:
                 await self._backend.close()
+            if self.weights is not None:
+                self.weights.close()
             if self._context is not None:
                 self._context.destroy(linger=0)
             await self.sight.close()
@@ -222,6 +229,19 @@ class GroupLife(GroupParts):
         await self.close()
 
     # Parts.
+
+    def _crew_of(self, weights: Weights, client: GroupClient, supervisor: Supervisor) -> Crew:
+        return Crew(
+            weights,
+            client,
+            keepers=lambda: supervisor.keepers,
+            replace=supervisor.replace,
+            emit=self._emit,
+            forget_media=lambda: frontend.forget_media(self._engine),
+        )
+
+    def _steer(self, crew: Crew) -> None:
+        """Takes what changes of the group that runs are made with; here nobody makes any."""
 
     def _prepare_logs(self, plan: LaunchPlan) -> None:
         own = self.spec.log_dir is None

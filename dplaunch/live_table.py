@@ -27,6 +27,7 @@ _STYLES = {
     RankState.STARTING: "yellow",
     RankState.READY: "green",
     RankState.DOWN: "red",
+    RankState.STALE: "yellow",
     RankState.FAILED: "bold red",
 }
 _OVER = (RankState.STOPPING, RankState.STOPPED, RankState.FAILED)

@@ -84,14 +84,18 @@ def _of_groups(groups: Sequence[dict[str, Any]]) -> list[Any]:
     info = Gauge("dplaunch_group_info", "A running group.", labels=["group", "backend", "mode", "model"])
     wanted = Gauge("dplaunch_ranks_wanted", "Ranks that the group should have.", labels=["group"])
     ready = Gauge("dplaunch_ranks_ready", "Ranks that answer.", labels=["group"])
+    stale = Gauge("dplaunch_ranks_stale", "Ranks that have not the group's weights.", labels=["group"])
+    weights = Gauge("dplaunch_weights_info", "The weights that are served.", labels=["group", "version", "stance"])
     queue = Gauge("dplaunch_queue_depth", "Requests that wait for a rank.", labels=["group"])
     for group in groups:
         name = [group["name"]]
         info.add_metric([*name, group["backend"], group["mode"], group["model"]], 1)
         wanted.add_metric(name, group["dp"])
         ready.add_metric(name, group["ready"])
+        stale.add_metric(name, sum(rank["state"] == "stale" for rank in group["ranks"]))
+        weights.add_metric([*name, str(group["weights"]["version"]), group["stance"]], 1)
         queue.add_metric(name, group["requests"]["queued"])
-    return [info, wanted, ready, queue]
+    return [info, wanted, ready, stale, weights, queue]
 
 
 def _of_requests(groups: Sequence[dict[str, Any]]) -> list[Any]:

@@ -80,7 +80,18 @@ GREEDY_BELOW = 1e-5
 """The temperature below which vLLM takes the most likely token, and no seed matters (`_SAMPLING_EPS`)."""
 
 
-def decide(parts: Sequence[Any], *, shown: bool, tokens: int, traits: EngineTraits | None = None) -> Decision:
+OTHER_WEIGHTS = "it began on weights that have been replaced since"
+"""Why an answer that has begun goes nowhere after an update: the rest would be another model's."""
+
+
+def decide(
+    parts: Sequence[Any],
+    *,
+    shown: bool,
+    tokens: int,
+    traits: EngineTraits | None = None,
+    same_weights: bool = True,
+) -> Decision:
     """What becomes of a request whose rank has died. Pure.
 
     Args:
@@ -88,6 +99,7 @@ def decide(parts: Sequence[Any], *, shown: bool, tokens: int, traits: EngineTrai
         shown: whether anything of an answer has reached the frontend.
         tokens: the output tokens that have.
         traits: what is true for all requests of these engines.
+        same_weights: whether the group still has the weights that its answer began on.
     """
     request, traits = parts[0], traits or EngineTraits()
     handed = _handed_over(request.sampling_params)
@@ -97,6 +109,8 @@ def decide(parts: Sequence[Any], *, shown: bool, tokens: int, traits: EngineTrai
         return Decision(Move.FAIL, "its images or sounds were only in the dead rank's cache")
     if not shown:
         return Decision(Move.REPLAY, "it had answered nothing yet")
+    if not same_weights:
+        return Decision(Move.FAIL, OTHER_WEIGHTS)
     if request.sampling_params is None:
         return Decision(Move.FAIL, "it was half answered, and asks for no tokens")
     if len(parts) > 1 or request.resumable:

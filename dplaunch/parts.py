@@ -12,6 +12,7 @@ from dplaunch.plan import LaunchPlan
 from dplaunch.spec import LaunchSpec
 from dplaunch.status import Seen
 from dplaunch.supervisor import Supervisor
+from dplaunch.weights import Weights
 
 if TYPE_CHECKING:
     from dplaunch.seam.config import ConfigResult
@@ -28,6 +29,8 @@ class GroupParts:
         """What came of vLLM's flags; set during the start."""
         self.dead: asyncio.Future[DplaunchError]
         """Done when the group cannot go on; carries the root cause."""
+        self.weights: Weights | None = None
+        """What the ranks should have; None before there are any."""
         self._engine: Any = None
         self._supervisor: Supervisor | None = None
         self._client: GroupClient | None = None

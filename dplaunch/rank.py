@@ -13,10 +13,11 @@ from dplaunch.identity import Identity
 from dplaunch.link import RankLink
 from dplaunch.plan import RankSpec
 
-LEGAL = {
+LEGAL: dict[RankState | None, set[RankState]] = {
     None: {RankState.STARTING},
-    RankState.STARTING: {RankState.READY, RankState.DOWN, RankState.STOPPING, RankState.FAILED},
+    RankState.STARTING: {RankState.READY, RankState.STALE, RankState.DOWN, RankState.STOPPING, RankState.FAILED},
     RankState.READY: {RankState.DOWN, RankState.STOPPING},
+    RankState.STALE: {RankState.READY, RankState.DOWN, RankState.STOPPING},
     RankState.DOWN: {RankState.STARTING, RankState.FAILED, RankState.STOPPING},
     RankState.STOPPING: {RankState.STOPPED},
     RankState.STOPPED: {RankState.STARTING, RankState.DOWN},  # when it was a restart on request
@@ -25,7 +26,7 @@ LEGAL = {
 """Which state may follow which; changed in `Rank.enter` alone."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Rank:
     """What is running for one rank of the plan.
 
@@ -44,6 +45,9 @@ class Rank:
         last_exit: how an earlier incarnation ended.
         down_since: when it went down unasked and is not back yet, monotonic seconds.
         recovery_s: for each time that it came back, the seconds that it was away.
+        weights: which of the group's weights it has, by their number; 0 for those that it started with.
+        stale: why it has not the group's weights; "" when it has, or is not up.
+        admitted: whether this incarnation has been brought to where the group is, or found to be stale.
     """
 
     spec: RankSpec
@@ -60,6 +64,9 @@ class Rank:
     last_exit: Exit | None = None
     down_since: float | None = None
     recovery_s: list[float] = field(default_factory=list)
+    weights: int = 0
+    stale: str = ""
+    admitted: bool = False
 
     def enter(self, state: RankState) -> None:
         """Changes the state."""

@@ -69,6 +69,7 @@ class Requests:
         self._suspects = Suspects(policy.max_failures)
         self.dispatch = Dispatcher(codec.encode, self._suspects, self._lose)
         self._tell = Teller(emit, policy.poison_file)
+        self._stirred = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -77,6 +78,18 @@ class Requests:
     def queued(self) -> int:
         """Those that no rank has."""
         return sum(entry.link is None for entry in self._in_flight.values())
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no rank has a request, and none that has begun to answer waits to go on."""
+        waiting = self.dispatch.waiting
+        return len(waiting) == len(self._in_flight) and not any(entry.shown for entry in waiting.values())
+
+    async def until_quiet(self) -> None:
+        """Returns when that is so. Call it while new requests are held, or it may never be."""
+        while not self.is_quiet:
+            self._stirred.clear()
+            await self._stirred.wait()
 
     def add(self, request: Any) -> None:
         """Takes a request, or a further part of one.
@@ -163,10 +176,12 @@ class Requests:
         self.counters.lost += len(self._in_flight)
         self._in_flight.clear()
         self.dispatch.clear()
+        self._stirred.set()
 
     def _end(self, entry: InFlight) -> None:
         del self._in_flight[entry.request_id]
         self.dispatch.take_back(entry)
+        self._stirred.set()
 
     def _lose(self, entry: InFlight, why: str) -> None:
         self.counters.lost += 1
@@ -186,7 +201,13 @@ class Requests:
         left = [entry for entry in entries if self._in_flight.get(entry.request_id) is entry]
         decisions = {}
         for entry in left:
-            decision = decide(entry.parts, shown=entry.shown, tokens=len(entry.tokens), traits=self.traits)
+            decision = decide(
+                entry.parts,
+                shown=entry.shown,
+                tokens=len(entry.tokens),
+                traits=self.traits,
+                same_weights=entry.epoch == self.dispatch.epoch,
+            )
             decisions[entry.request_id] = decision
             if decision.move is Move.FAIL:
                 self.counters.lost += 1
@@ -202,6 +223,7 @@ class Requests:
         for entry in left:
             if decisions[entry.request_id].move is not Move.FAIL:
                 self.dispatch.send(entry)
+        self._stirred.set()
 
     def note(self, link: RankLink, output: Any) -> bool:
         """Takes note of what a rank answered; False when it is nothing for the frontend."""
@@ -212,7 +234,8 @@ class Requests:
             return False
         if entry.second is not None and not self._is_new(entry, output):
             return False
-        entry.shown = True
+        if not entry.shown:
+            entry.shown, entry.epoch = True, self.dispatch.epoch
         tokens = output.new_token_ids
         entry.tokens += tokens
         counters = self.rank_counters[link.rank]

@@ -52,7 +52,7 @@ async def _bring_back(supervisor: Supervisor, keepers: Sequence[RankKeeper]) -> 
     finally:
         if not supervisor.is_stopping:
             for keeper, start in zip(keepers, starts, strict=True):
-                if keeper.rank.state is not RankState.READY:
+                if keeper.rank.state not in (RankState.READY, RankState.STALE):
                     await keeper.put_down(_error_of(start))
                 supervisor.tend(keeper)
     for start in starts:

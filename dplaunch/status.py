@@ -17,6 +17,7 @@ from dplaunch.events import RankState
 from dplaunch.plan import RankSpec
 from dplaunch.rank import Rank
 from dplaunch.supervisor import Supervisor
+from dplaunch.weights import FIRST_VERSION, Stance, Weights
 
 if TYPE_CHECKING:
     from dplaunch.life import GroupLife
@@ -78,12 +79,14 @@ def snapshot(group: GroupLife) -> dict[str, Any]:
     * `name`, `pid` and `host` of the launcher, `backend`, `mode`, `model`, `address` (HTTP; None without a server),
       `started_at` (Unix time), `uptime_s`, `log_dir`;
     * `state`: starting, ready, degraded (ranks are missing), stopping or dead; `error`: what it died of;
-    * `weights`: `version`, 0 until they are changed;
+    * `weights`: `version` ("0" until they are changed), `checksum` ("" when nobody asked for it), `lost` (why a rank
+      that comes up could not be given them; "" when it could), `loras` (names);
+    * `stance`: serving, paused or asleep;
     * `dp` (ranks asked for), `ready` (ranks that answer), `min_ranks`;
     * `requests`: `in_flight`, `queued`, and the counters of `dplaunch.counters.Counters`; `tokens_per_s`;
     * `ranks`, each with `rank`, `state`, `since` (Unix time), `incarnation`, `pid`, `process`, `node`, `device_type`,
       `devices`, `instance_id`, `in_flight`, `tokens`, `tokens_per_s`, `restarts`, `recovery_s`, `last_exit`,
-      `log_file`.
+      `stale` (why it has not the group's weights; "" when it has), `log_file`.
     """
     plan, sight, seen = group.plan, group.sight, group.seen
     supervisor, client = seen.supervisor, seen.client
@@ -105,7 +108,8 @@ def snapshot(group: GroupLife) -> dict[str, Any]:
         "error": None if seen.error is None else seen.error.message,
         "started_at": round(sight.started_at, 3),
         "uptime_s": round(max(0.0, time.time() - sight.started_at), 1),
-        "weights": {"version": 0},
+        "weights": _weights(group.weights),
+        "stance": (Stance.SERVING if group.weights is None else group.weights.stance).value,
         "dp": wanted,
         "ready": ready,
         "min_ranks": plan.spec.min_ranks,
@@ -124,6 +128,17 @@ def _state(seen: Seen, ready: int, wanted: int) -> str:
     if not seen.is_open:
         return "starting"
     return "ready" if ready >= wanted else "degraded"
+
+
+def _weights(weights: Weights | None) -> dict[str, Any]:
+    if weights is None:
+        return {"version": FIRST_VERSION, "checksum": "", "lost": "", "loras": []}
+    return {
+        "version": weights.version,
+        "checksum": weights.checksum,
+        "lost": weights.source.lost(),
+        "loras": sorted(weights.loras),
+    }
 
 
 def _requests(client: GroupClient | None) -> dict[str, int]:
@@ -152,6 +167,7 @@ def _planned(spec: RankSpec) -> dict[str, Any]:
         "restarts": 0,
         "recovery_s": [],
         "last_exit": None,
+        "stale": "",
         "log_file": str(spec.log_file),
     }
 
@@ -171,6 +187,7 @@ def _running(rank: Rank, client: GroupClient, rates: TokenRates) -> dict[str, An
         "restarts": rank.restart_count,
         "recovery_s": [round(seconds, 3) for seconds in rank.recovery_s],
         "last_exit": _exit(rank.last_exit),
+        "stale": rank.stale,
     }
     if handle is not None and lives:
         facts |= {"pid": handle.pid, "process": handle.describe(), "node": handle.node}

@@ -24,6 +24,7 @@ COLOURS = {
     "ready": "green",
     "starting": "yellow",
     "degraded": "yellow",
+    "stale": "yellow",
     "stopping": "yellow",
     "down": "red",
     "dead": "red",
@@ -107,10 +108,14 @@ def _heading(group: Status, width: int) -> list[str]:
     facts = {
         "model": group["model"],
         "address": group["address"] or "no HTTP server",
-        "runs": f"{group['backend']}, {group['mode']}, weights {weights.get('version', 0)}, pid {group['pid']}",
+        "runs": f"{group['backend']}, {group['mode']}, weights {weights.get('version', '0')}, pid {group['pid']}",
         "requests": f"{_requests(group['requests'])}, {group['tokens_per_s']:.0f} tokens/s",
         "logs": _home(group["log_dir"]),
     }
+    if group["stance"] != "serving":
+        facts["stance"] = f"{group['stance']}: requests wait"
+    if stale := {rank["stale"]: None for rank in group["ranks"] if rank["stale"]}:
+        facts["stale"] = "; ".join(stale)
     if group["error"]:
         facts["error"] = group["error"]
     return [

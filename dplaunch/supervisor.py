@@ -23,7 +23,7 @@ from dplaunch.probe import Prober
 from dplaunch.rank import Rank
 from dplaunch.spec import Mode
 from dplaunch.together import bring_up_all
-from dplaunch.tools import BootMaker, LinkMaker, Tools
+from dplaunch.tools import Admission, BootMaker, LinkMaker, Tools, admit_as_it_is
 from dplaunch.watch import KILL_WAIT_S
 
 
@@ -39,6 +39,7 @@ class Supervisor:
         data_path: done when the launcher can talk to engines (vLLM is imported).
         emit: told everything that happens.
         on_dead: called once, with the root cause, when the group cannot go on.
+        admit: brings a rank that comes up to where the group is.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Supervisor:
         data_path: Awaitable[None],
         emit: Listener,
         on_dead: Callable[[DplaunchError], None] = lambda error: None,
+        admit: Admission = admit_as_it_is,
     ) -> None:
         self.keepers: list[RankKeeper]
         """The keepers of the ranks, in rank order."""
@@ -74,6 +76,7 @@ class Supervisor:
             emit=emit,
             listening=asyncio.Lock(),
             any_failed=lambda: any(rank.state is RankState.FAILED for rank in self.ranks),
+            admit=admit,
         )
         self.keepers = [self.make_keeper(spec) for spec in plan.ranks]
         self._lives: dict[RankKeeper | None, asyncio.Task[None]] = {}  # None: that of all ranks together
@@ -190,6 +193,26 @@ class Supervisor:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    async def replace(self, keepers: Sequence[RankKeeper], reason: str) -> None:
+        """Ends ranks for no fault of their requests, and has them come up again; returns when they have ended.
+
+        It does not count as a restart: it is the group that wants other processes, not these that failed.
+        """
+
+        async def one(keeper: RankKeeper) -> None:
+            if self._mode is Mode.LOCKSTEP:  # The group is the part that is replaced, by its own keeper.
+                if keeper.rank.handle is not None:
+                    keeper.rank.handle.kill()
+                return
+            await self.let_be(keeper)
+            await keeper.end(reason)
+            keeper.rank.restarts.clear()
+            self.tend(keeper)
+
+        wanted = [keeper for keeper in keepers if keeper.rank.state not in (None, RankState.FAILED)]
+        if not self.is_stopping:
+            await asyncio.gather(*map(one, wanted))
 
     def engine_failed(self, rank: int) -> None:
         """A rank's engine says that its loop has raised."""

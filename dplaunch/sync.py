@@ -15,6 +15,7 @@ from dplaunch.batch import OnError, Prompt
 from dplaunch.batch_progress import Progress
 from dplaunch.events import Listener
 from dplaunch.group import AsyncGroup, open_group
+from dplaunch.model_control_sync import SyncModelControl
 from dplaunch.resume_keys import Keys
 from dplaunch.saved_batch import Resume
 from dplaunch.spec import LaunchSpec
@@ -22,7 +23,7 @@ from dplaunch.spec import LaunchSpec
 T = TypeVar("T")
 
 
-class Group:
+class Group(SyncModelControl):
     """A group of data-parallel ranks for code that does not use asyncio. Made by `dplaunch.launch`."""
 
     def __init__(self, spec: LaunchSpec, *, progress: bool | None, listeners: Sequence[Listener]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from dplaunch.backend import Backend, RankBoot
@@ -13,10 +13,20 @@ from dplaunch.identity import Identity
 from dplaunch.link import RankLink
 from dplaunch.plan import RankSpec
 from dplaunch.probe import Prober
+from dplaunch.rank import Rank
 from dplaunch.spec import LaunchSpec
 
 BootMaker = Callable[[RankSpec, Identity, RankLink], RankBoot]
 LinkMaker = Callable[[Identity, Callable[[str], None]], RankLink]
+
+
+Admission = Callable[[Rank], Awaitable[None]]
+"""Brings a rank that has proved itself to where the group is; `dplaunch.weights` has the real one."""
+
+
+async def admit_as_it_is(rank: Rank) -> None:
+    """Nothing in the group can have changed since its start."""
+    rank.admitted = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +45,7 @@ class Tools:
         listening: the rank that ended first is heard first: the others may have died of its death.
         any_failed: whether a rank of the group has failed for good.
         restarting: the ranks that are being restarted now.
+        admit: brings a rank that comes up to where the group is, before it takes a request.
     """
 
     spec: LaunchSpec
@@ -48,3 +59,4 @@ class Tools:
     listening: asyncio.Lock
     any_failed: Callable[[], bool]
     restarting: set[int] = field(default_factory=set)
+    admit: Admission = admit_as_it_is

@@ -8,10 +8,17 @@ Checked with vLLM 0.32. What we rely on, and where:
   `determine_available_memory`, `initialize_from_config`, `compile_or_warm_up_model`. Ray below a rank:
   `ParallelConfig.placement_group` and `ray_runtime_env`, that workers go into those bundles of the group that have a
   device, and that `build_actor_name` names them after `instance_id`.
+* weights.py, other weights in a rank: the worker's `start_weight_update`, `update_weights`, `finish_weight_update` and
+  `reload_weights`, its `weight_transfer_engine`, `WeightTransferEngineFactory` and `WeightTransferEngine`,
+  `initialize_layerwise_reload` and `finalize_layerwise_reload`, the model's `load_weights`, a layer's `cpu_linear` and
+  `quant_method`, `EngineCore.collective_rpc` and `compute_weight_checksums`, and `LoRARequest`. As utility methods:
+  `pause_scheduler`, `resume_scheduler`, `sleep`, `wake_up`, `reset_prefix_cache`, `set_weight_version`, `add_lora`,
+  `remove_lora`.
 * wire.py, the data path: `EngineCoreRequest`, `EngineCoreOutputs`, `MsgpackEncoder`, `MsgpackDecoder`, and the bytes
   of the handshake.
 * frontend.py, AsyncLLM over our client: `EngineCoreClient.make_async_mp_client`, `AsyncMPClient`,
-  `MPClient._apply_ready_response`, `AsyncLLM`, `OutputProcessor.request_states`, and that /health
+  `MPClient._apply_ready_response`, `AsyncLLM`, `BaseRenderer.clear_mm_cache_async`, `OutputProcessor.request_states`,
+  and that /health
   asks `AsyncLLM.check_health` and takes `EngineDeadError` for a no.
 * resize.py, another number of ranks: `AsyncLLM.logger_manager`, `StatLoggerManager.stat_loggers` and `engine_indexes`,
   `PerEngineStatLoggerAdapter.per_engine_stat_loggers`, and that `PrometheusStatLogger` makes its metrics through

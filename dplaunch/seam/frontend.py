@@ -134,6 +134,14 @@ async def abort(engine: Any, request_ids: Iterable[str]) -> None:
     await engine.abort(list(request_ids), internal=True)
 
 
+async def forget_media(engine: Any) -> None:
+    """Has an AsyncLLM send images and sounds whole again: the engines' caches of them are about to be emptied.
+
+    vLLM keeps the two in step (`AsyncLLM.pause_generation`); only a group that was launched with one rank has any.
+    """
+    await engine.renderer.clear_mm_cache_async()
+
+
 def _install_factory() -> None:
     from vllm.v1.engine.core_client import EngineCoreClient
 

@@ -14,6 +14,7 @@ class When(enum.StrEnum):
     BEFORE_READY = "before READY"  # while it loads
     AFTER_READY = "after READY"  # at once when it is ready
     REQUEST = "at a request"  # while it serves
+    WEIGHTS = "at weights"  # when it is to load a bucket; `error` then fails the call alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,9 @@ class StandInPlan:
         dtype: reported as the model's.
         report_finished: whether answers name the requests that they end. vLLM does so only where a
             coordinator balances the ranks; without one, a client goes by each output's finish reason.
+        copies_weights: whether the engines copy what they are given, as a loader would, in place of a checksum over it.
+        can_sleep: whether the engines were started so that they can be put to sleep.
+        on_this_host: whether the engines can map the launcher's memory; else they pretend to be on another host.
     """
 
     faults: Mapping[tuple[int, int], Fault] = field(default_factory=dict)
@@ -82,6 +86,9 @@ class StandInPlan:
     max_model_len: int = 2048
     dtype: str = "float32"
     report_finished: bool = False
+    copies_weights: bool = False
+    can_sleep: bool = True
+    on_this_host: bool = True
 
     def fault_of(self, rank: int, incarnation: int) -> Fault:
         """What goes wrong in this incarnation of this rank."""

@@ -32,14 +32,14 @@ class Sequence:
     answered: int = 0
     pooling: bool = False
 
-    def step(self) -> wire.Output:
+    def step(self, seed: int = 0) -> wire.Output:
         """Its next token, with the reason where that is the last one."""
         if self.pooling:
             self.left = 0
             tensor = wire.encode_tensor([float(self.position), float(self.last)])
             return wire.Output(self.request_id, [], pooling_output=tensor, finish_reason=wire.FINISH_STOP)
         prompt = wire.PrefillStats(self.position, self.position) if self.answered == 0 else None
-        self.last = next_token(self.last, self.position)
+        self.last = next_token(self.last, self.position, seed)
         self.position += 1
         self.answered += 1
         self.left -= 1
@@ -83,14 +83,14 @@ class Scheduler:
         self._waiting = deque(sequence for sequence in self._waiting if sequence.request_id not in names)
         return [everything[name] for name in everything if name in names]
 
-    def step(self) -> dict[int, list[wire.Output]]:
+    def step(self, seed: int = 0) -> dict[int, list[wire.Output]]:
         """One token for every running request, by client; those that are done are forgotten."""
         while self._waiting and len(self._running) < self._max_num_seqs:
             sequence = self._waiting.popleft()
             self._running[sequence.request_id] = sequence
         outputs: dict[int, list[wire.Output]] = {}
         for sequence in list(self._running.values()):
-            outputs.setdefault(sequence.client, []).append(sequence.step())
+            outputs.setdefault(sequence.client, []).append(sequence.step(seed))
             if sequence.left <= 0:
                 del self._running[sequence.request_id]
         return outputs

@@ -23,7 +23,7 @@ from dplaunch.testing.faults import StandInPlan, When
 from dplaunch.testing.host import Host, host_of
 from dplaunch.testing.scheduler import Scheduler, Sequence
 from dplaunch.testing.sockets import Sockets, ready_payload
-from dplaunch.testing.tokens import expected_tokens
+from dplaunch.testing.tokens import expected_tokens, seed_of
 from dplaunch.testing.utilities import Utilities, call, stands_still
 
 __all__ = ["LATE_TOKEN", "StandInPlan", "expected_tokens", "run"]
@@ -113,6 +113,8 @@ class Server:
                 self._abort(msgspec.msgpack.decode(data))
             elif kind == wire.UTILITY:
                 client, call_id, method, arguments = msgspec.msgpack.decode(data)
+                if method == "dplaunch_load_bucket" and self._faults.fault.when is When.WEIGHTS:
+                    self._spoil(self._faults.fault.error)
                 answer = call(self._utilities, call_id, method, arguments)
                 self._sockets.outputs[client].send(wire.encode_outputs(utility=answer))
                 if method == "misbehave" and self._faults.fault.when is When.AFTER_READY:
@@ -135,7 +137,7 @@ class Server:
 
     def _step(self) -> None:
         self._due = time.monotonic() + self._delay_s
-        for client, outputs in self._scheduler.step().items():
+        for client, outputs in self._scheduler.step(seed_of(self._utilities.weights.checksum)).items():
             if self._faults.fault.deviates:
                 for output in outputs:
                     output.new_token_ids = [LATE_TOKEN for _ in output.new_token_ids]
@@ -152,6 +154,12 @@ class Server:
             # What was answered before the end has to arrive, or no test could count on it.
             self._sockets.close()
         self._faults.strike_now()
+
+    def _spoil(self, error: str | None) -> None:
+        if error is None:
+            self._strike()
+        else:
+            self._utilities.weights.spoiled = error
 
     def _abort_all(self) -> None:
         self._end_all(lambda name: wire.Output(name, [], finish_reason=wire.FINISH_ABORT))
@@ -170,7 +178,8 @@ class Server:
             self._send(client, [last_word(name) for name in names], set(names))
 
     def _send(self, client: int, outputs: list[wire.Output], finished: set[str] | None) -> None:
-        self._sockets.outputs[client].send(wire.encode_outputs(outputs, finished=finished))
+        version = self._utilities.get_weight_version()
+        self._sockets.outputs[client].send(wire.encode_outputs(outputs, finished=finished, version=version))
 
 
 def _by_client(sequences: list[Sequence]) -> Iterable[tuple[int, list[Sequence]]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dplaunch import bucket
 from dplaunch.backend import RankBoot
 from dplaunch.testing import wire
 from dplaunch.testing.faults import Fault, StandInPlan, When
 from dplaunch.testing.host import Host
+from dplaunch.testing.weights import StandInWeights
 
 LORA_ID = 1
 """The place of the adapter's number in vLLM's LoRARequest, which travels as an array."""
@@ -41,7 +43,8 @@ class Utilities:
         self._fault = plan.fault_of(boot.rank, boot.incarnation)
         self._loras: set[int] = set()
         self._weight_version = "default"
-        self._sleeping = False
+        self.weights = StandInWeights(plan.copies_weights)
+        self._asleep: set[str] = set()
         self._paused = False
 
     def dplaunch_report(self) -> dict[str, Any]:
@@ -86,16 +89,21 @@ class Utilities:
         return [{"method": method, "args": args, "kwargs": kwargs}]
 
     def is_sleeping(self) -> bool:
-        return self._sleeping
+        return bool(self._asleep)
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        if not self._plan.can_sleep:
+            raise ValueError("sleep mode is not enabled")
         if mode == "abort":
             self._abort_all()
-        self._sleeping = True
+        self._asleep = {"weights", "kv_cache"}
+        if level > 1:
+            self.weights.lose()
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
-        self._sleeping = False
-        return True
+        self._asleep -= self._asleep if tags is None else set(tags)
+        self._paused = self._paused and bool(self._asleep)
+        return not self._asleep
 
     def pause_scheduler(self, mode: str = "abort", clear_cache: bool = True) -> None:
         if mode == "abort":
@@ -137,6 +145,26 @@ class Utilities:
 
     def pin_lora(self, lora_id: int) -> bool:
         return lora_id in self._loras
+
+    def dplaunch_sees(self, path: str, secret: str) -> bool:
+        return self._plan.on_this_host and bucket.sees(path, secret)
+
+    def dplaunch_begin_weights(self) -> None:
+        self.weights.begin()
+
+    def dplaunch_load_bucket(self, path: str, entries: list[Any], data: bytes | None = None) -> None:
+        self.weights.load(path, entries, data)
+
+    def dplaunch_end_weights(self) -> None:
+        self.weights.end()
+        self._loras.clear()  # As vLLM, which unloads them with the model that they belong to.
+
+    def dplaunch_reload_weights(self, path: str | None) -> None:
+        self.weights.reload(path)
+        self._loras.clear()
+
+    def dplaunch_weight_checksum(self) -> str:
+        return f"{self.weights.checksum}{' but not quite' if self._fault.deviates else ''}"
 
     def set_weight_version(self, weight_version: str) -> None:
         self._weight_version = weight_version

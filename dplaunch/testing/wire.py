@@ -88,6 +88,9 @@ class Outputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     timestamp: float = 0.0
     utility_output: UtilityOutput | None = None
     finished_requests: set[str] | None = None
+    wave_complete: None = None
+    start_wave: None = None
+    weight_version: str | None = None
 
 
 def engine_identity(index: int = 0) -> bytes:
@@ -100,6 +103,7 @@ def encode_outputs(
     *,
     utility: UtilityOutput | None = None,
     finished: set[str] | None = None,
+    version: str | None = None,
 ) -> bytes:
     """One message of results, with the monotonic time that vLLM takes intervals from."""
     message = Outputs(
@@ -107,6 +111,7 @@ def encode_outputs(
         timestamp=time.monotonic(),
         utility_output=utility,
         finished_requests=finished or None,
+        weight_version=version,
     )
     return msgspec.msgpack.encode(message)
 

@@ -27,6 +27,7 @@ def rank_status(rank: int, **facts: Any) -> dict[str, Any]:
         "restarts": 0,
         "recovery_s": [],
         "last_exit": None,
+        "stale": "",
         "log_file": f"/logs/g/rank{rank}.log",
         **facts,
     }
@@ -49,7 +50,8 @@ def group_status(
         "error": None,
         "started_at": 0.0,
         "uptime_s": 192.0,
-        "weights": {"version": 0},
+        "weights": {"version": "0", "checksum": "", "lost": "", "loras": []},
+        "stance": "serving",
         "dp": len(there),
         "ready": sum(rank["state"] == "ready" for rank in there),
         "min_ranks": 1,

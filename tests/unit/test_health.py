@@ -12,9 +12,10 @@ from dplaunch.life import GroupLife
 from dplaunch.seam import frontend
 
 
-def group(*, taking: int, needed: int = 2, **seen: Any) -> GroupLife:
+def group(*, taking: int, needed: int = 2, held: bool = False, **seen: Any) -> GroupLife:
     """As much of a group as readiness looks at."""
-    supervisor, client = SimpleNamespace(needed=needed), SimpleNamespace(ranks=list(range(taking)))
+    supervisor = SimpleNamespace(needed=needed)
+    client = SimpleNamespace(ranks=list(range(taking)), is_held=held)
     parts = {"supervisor": supervisor, "client": client, "error": None, "is_closing": False, **seen}
     return cast(GroupLife, SimpleNamespace(seen=SimpleNamespace(**parts)))
 
@@ -27,6 +28,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> None:
         "snapshot",
         lambda group: {
             "state": "degraded",
+            "stance": "serving",
             "ready": 3,
             "min_ranks": 2,
             "requests": {"in_flight": 5, "queued": 1},
@@ -39,6 +41,7 @@ def test_a_group_is_ready_while_so_many_ranks_take_requests_as_are_needed() -> N
     assert health.readiness(group(taking=2)) == {
         "ready": True,
         "state": "degraded",
+        "stance": "serving",
         "needed": 2,
         "take_requests": 2,
         "answer": 3,
@@ -47,6 +50,11 @@ def test_a_group_is_ready_while_so_many_ranks_take_requests_as_are_needed() -> N
         "queued": 1,
     }
     assert not health.readiness(group(taking=1))["ready"]
+
+
+def test_a_group_that_stands_still_takes_no_requests() -> None:
+    answer = health.readiness(group(taking=2, held=True))
+    assert (answer["ready"], answer["take_requests"]) == (False, 0)
 
 
 @pytest.mark.parametrize("seen", [{"is_closing": True}, {"error": RuntimeError("dead")}, {"client": None}])

@@ -42,7 +42,7 @@ def value(name: str, **labels: str) -> float | None:
 def test_a_group_is_exposed_as_it_is_when_it_is_scraped(owner: object) -> None:
     status = group_status(
         name="g",
-        ranks=[rank_status(0, in_flight=3, tokens=70), rank_status(1, state="down", restarts=2)],
+        ranks=[rank_status(0, in_flight=3, tokens=70), rank_status(1, state="stale", restarts=2)],
         requests={"queued": 4, "moved": 9, "lost": 1},
     )
     metrics.show(owner, lambda: status)
@@ -55,6 +55,8 @@ def test_a_group_is_exposed_as_it_is_when_it_is_scraped(owner: object) -> None:
     assert value("dplaunch_requests_moved_total", group="g") == 9
     assert value("dplaunch_requests_lost_total", group="g") == 1
     assert value("dplaunch_ranks_wanted", group="g") == 2
+    assert value("dplaunch_ranks_stale", group="g") == 1
+    assert value("dplaunch_weights_info", group="g", version="0", stance="serving") == 1
     assert value("dplaunch_group_info", group="g", backend="mp", mode="independent", model="m") == 1
     status["requests"]["moved"] = 10
     assert value("dplaunch_requests_moved_total", group="g") == 10

@@ -44,6 +44,43 @@ SIGNATURES: Mapping[str, str] = {
     "vllm.v1.executor.ray_utils:initialize_ray_cluster": "parallel_config, ray_address=, require_gpu_on_driver=",
     "vllm.v1.executor.ray_utils:get_bundles_for_indices": "placement_group, bundle_indices, world_size",
     "vllm.v1.executor.ray_utils:get_bundles_sorted_by_node": "placement_group",
+    # weights.py
+    "vllm.v1.engine.core:EngineCore.collective_rpc": "self, method, timeout=, args=, kwargs=",
+    "vllm.v1.engine.core:EngineCore.compute_weight_checksums": "self",
+    "vllm.v1.engine.core:EngineCore.set_weight_version": "self, weight_version",
+    "vllm.v1.engine.core:EngineCore.reset_prefix_cache": "self, reset_running_requests=, reset_connector=",
+    "vllm.v1.engine.core:EngineCoreProc.pause_scheduler": "self, mode=, clear_cache=",
+    "vllm.v1.engine.core:EngineCoreProc.resume_scheduler": "self",
+    "vllm.v1.engine.core:EngineCore.sleep": "self, level=, mode=",
+    "vllm.v1.engine.core:EngineCore.wake_up": "self, tags=",
+    "vllm.v1.engine.core:EngineCore.add_lora": "self, lora_request",
+    "vllm.v1.engine.core:EngineCore.remove_lora": "self, lora_id",
+    "vllm.v1.worker.gpu_worker:Worker.start_weight_update": "self",
+    "vllm.v1.worker.gpu_worker:Worker.update_weights": "self, update_info",
+    "vllm.v1.worker.gpu_worker:Worker.finish_weight_update": "self",
+    "vllm.v1.worker.gpu_worker:Worker.reload_weights": "self, *args, **kwargs",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": (
+        "self, weights_iterator=, weights_path=, is_checkpoint_format="
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reset_encoder_cache": "self",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reset_mm_cache": "self",
+    "vllm.config.weight_transfer:WeightTransferConfig": "backend=",
+    "vllm.distributed.weight_transfer.base:WeightTransferEngine": "config, vllm_config, device, model",
+    "vllm.distributed.weight_transfer.base:WeightTransferEngine.parse_update_info": "self, update_dict",
+    "vllm.distributed.weight_transfer.base:WeightTransferInitInfo": "",
+    "vllm.distributed.weight_transfer.factory:WeightTransferEngineFactory.register_engine": (
+        "name, module_path_or_cls, class_name="
+    ),
+    "vllm.distributed.weight_transfer.factory:WeightTransferEngineFactory.create_engine": (
+        "config, vllm_config, device, model"
+    ),
+    "vllm.model_executor.model_loader.mtp_validation:disable_mtp_completeness_check": "",
+    "vllm.model_executor.model_loader.reload:initialize_layerwise_reload": "model",
+    "vllm.model_executor.model_loader.reload:finalize_layerwise_reload": "*args, **kwargs",
+    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": "layer, remove_weight",
+    "vllm.lora.request:LoRARequest": (
+        "lora_name, lora_int_id, lora_path=, base_model_name=, load_inplace=, is_3d_lora_weight="
+    ),
     # wire.py
     "vllm.v1.serial_utils:MsgpackEncoder": "size_threshold=, oob_tensor_consumer=",
     "vllm.v1.serial_utils:MsgpackEncoder.encode": "self, obj",
@@ -119,6 +156,7 @@ SIGNATURES: Mapping[str, str] = {
     ),
     "vllm.v1.engine.async_llm:AsyncLLM.abort": "self, request_id, internal=",
     "vllm.v1.engine.async_llm:AsyncLLM.check_health": "self",
+    "vllm.renderers:BaseRenderer.clear_mm_cache_async": "self",
 }
 """What we call or override, as "module:name", with its parameters; a trailing = means that there is a default."""
 
@@ -128,7 +166,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         *("prompt_token_ids", "sampling_params", "mm_features", "prompt_embeds", "external_req_id"),
     ),
     "vllm.v1.engine:EngineCoreOutputs": (
-        *("engine_index", "outputs", "scheduler_stats", "utility_output", "finished_requests"),
+        *("engine_index", "outputs", "scheduler_stats", "utility_output", "finished_requests", "weight_version"),
     ),
     "vllm.v1.engine:EngineCoreOutput": (
         *("request_id", "new_token_ids", "finish_reason", "new_logprobs", "new_prompt_logprobs_tensors", "events"),

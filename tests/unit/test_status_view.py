@@ -61,6 +61,14 @@ def test_a_group_without_a_server_weights_or_running_ranks_is_shown_too() -> Non
         assert words in text
 
 
+def test_a_group_that_sleeps_and_a_rank_that_is_stale_are_told_of() -> None:
+    stale = rank_status(1, state="stale", stale="the tensors were changed since")
+    weights = {"version": "step-9", "checksum": "", "lost": "", "loras": []}
+    text = "\n".join(shown(120, ranks=[rank_status(0), stale], weights=weights, stance="asleep"))
+    for words in ("weights step-9", "asleep: requests wait", "the tensors were changed since"):
+        assert words in text
+
+
 def test_a_group_whose_ranks_are_all_gone_is_shown() -> None:
     assert shown(80, ranks=[])[0] == "g  ready  0 of 0 ranks ready  up 3m12s"
 

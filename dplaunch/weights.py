@@ -1,0 +1,265 @@
+"""What weights the ranks of a group should have, and how a rank gets them: the word on what is stale.
+
+Consulted on the one path by which a rank comes up (`RankKeeper.bring_up`), and by every change of a group that runs
+(`dplaunch.updating`, `dplaunch.standstill`, `dplaunch.adapters`). It knows ranks and calls them; what becomes of one
+that fails is for others to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dplaunch.bucket import Bucket, Landmark
+from dplaunch.client import GroupClient
+from dplaunch.errors import GroupDeadError, WeightsError
+from dplaunch.rank import Rank
+from dplaunch.seam import weights as seam
+from dplaunch.weight_source import Initial, Source
+
+FIRST_VERSION = "0"
+"""The version of the weights that ranks are started with."""
+
+LAG_S = 30.0
+"""Seconds that ranks may take longer than the first of them for the same step, beside four times as long as it."""
+
+Failures = dict[Rank, Exception]
+"""Ranks that did not do as they were told, and why."""
+
+
+class Stance(enum.StrEnum):
+    """What a group that runs is about."""
+
+    SERVING = "serving"  # requests are answered
+    PAUSED = "paused"  # requests wait
+    ASLEEP = "asleep"  # requests wait, and the device's memory is free
+
+
+class Weights:
+    """Lives in the group's event loop.
+
+    Args:
+        client: calls ranks.
+    """
+
+    def __init__(self, client: GroupClient) -> None:
+        self.version = FIRST_VERSION
+        self.checksum = ""
+        """Of the current weights in a rank's memory; "" when nobody has asked for it."""
+        self.number = 0
+        """Of the current weights; a rank's `weights` is that of what it has."""
+        self.source: Source = Initial()
+        self.loras: dict[str, Any] = {}
+        """The adapters that every rank should have loaded, by name: vLLM's LoRARequest."""
+        self.stance = Stance.SERVING
+        self.level = 0
+        """How deep the group sleeps, as vLLM counts it."""
+        self.lock = asyncio.Lock()
+        """Held while any of these changes, and while a rank that comes up is brought to them."""
+        self._client = client
+        self._landmark: Landmark | None = None
+
+    def has_changed(self) -> bool:
+        """Whether a rank that was just started is anything but what the group is."""
+        return bool(self.number or self.loras) or self.stance is not Stance.SERVING
+
+    async def admit(self, rank: Rank) -> None:
+        """Brings a rank, which has just proved itself, to where the group is; its `stale` says why it cannot be.
+
+        Raises:
+            Exception: when the rank fails at it; it is no better than one that did not come up.
+        """
+        rank.weights, rank.stale, rank.admitted = 0, "", False
+        if self.has_changed() or self.lock.locked():
+            async with self.lock:
+                await self._bring_along(rank)
+                rank.admitted = True
+        # No await since the look: a change that begins now finds the rank among those that it is for.
+        rank.admitted = True
+
+    async def _bring_along(self, rank: Rank) -> None:
+        if rank.weights != self.number:
+            rank.stale = await self._replay(rank)
+        for lora in self.loras.values():
+            # One that cannot be read any more fails the requests that name it, and is no reason to be without the rank.
+            with contextlib.suppress(RuntimeError):
+                await self.ask(rank, "add_lora", lora)
+        if self.stance is Stance.PAUSED:
+            await self.ask(rank, "pause_scheduler", "abort", True)
+        elif self.stance is Stance.ASLEEP:
+            # Not at level 2: it would have to be given its weights once more when it wakes.
+            await self.ask(rank, "sleep", 1, "abort")
+
+    async def _replay(self, rank: Rank) -> str:
+        """Gives a rank the current weights once more; says why not."""
+        if why := self.source.lost():
+            return why
+        checksum = self.checksum
+        try:
+            failed = await self.load([rank], self.source)
+        except WeightsError as error:
+            return error.message
+        if failed:
+            raise failed[rank]
+        if checksum and await self.ask(rank, seam.CHECKSUM) != checksum:
+            return "they were changed since: the checksum of what it loaded is another"
+        await self.ask(rank, "set_weight_version", self.version)
+        rank.weights = self.number
+        return ""
+
+    async def load(
+        self,
+        ranks: Sequence[Rank],
+        source: Source,
+        *,
+        deadline: float | None = None,
+        touch: Callable[[], None] = lambda: None,
+    ) -> Failures:
+        """Has ranks load weights, side by side; each bucket is written once, and freed when all have read it.
+
+        Args:
+            ranks: which.
+            source: what.
+            deadline: monotonic time, seconds.
+            touch: called before the first of them changes.
+
+        Returns the ranks that did not get them.
+
+        Raises:
+            WeightsError: when the source fails.
+        """
+        if source.path is not None or isinstance(source, Initial):
+            touch()
+            return (await self.ask_all(ranks, seam.RELOAD, source.path, deadline=deadline))[1]
+        async with contextlib.aclosing(_told(source)) as buckets:
+            first = await anext(buckets, None)
+            if first is None:
+                raise WeightsError("there are no weights in what was given", hint="Give (name, tensor) pairs.")
+            bucket: Bucket | None = first
+            try:
+                near = await self._near(ranks, deadline)
+                touch()
+                failed = (await self.ask_all(ranks, seam.BEGIN, deadline=deadline))[1]
+                while bucket is not None and len(failed) < len(ranks):
+                    left = [rank for rank in ranks if rank not in failed]
+                    failed |= await self._load_bucket(left, bucket, near, deadline)
+                    bucket = await anext(buckets, None)
+            finally:
+                if bucket is not None:
+                    bucket.free()
+        left = [rank for rank in ranks if rank not in failed]
+        return failed | (await self.ask_all(left, seam.END, deadline=deadline))[1]
+
+    async def _load_bucket(
+        self, ranks: Sequence[Rank], bucket: Bucket, near: set[Rank], deadline: float | None
+    ) -> Failures:
+        try:
+            here = [rank for rank in ranks if rank in near]
+            there = [rank for rank in ranks if rank not in near]
+            data = await asyncio.to_thread(bucket.read) if there else b""
+            (_, failed), (_, also) = await asyncio.gather(
+                self.ask_all(here, seam.LOAD, bucket.path, bucket.entries, deadline=deadline),
+                self.ask_all(there, seam.LOAD, "", bucket.entries, data, deadline=deadline),
+            )
+            return failed | also
+        finally:
+            bucket.free()
+
+    async def _near(self, ranks: Sequence[Rank], deadline: float | None) -> set[Rank]:
+        """The ranks on this host: they map the launcher's memory."""
+        if self._landmark is None:
+            self._landmark = Landmark()
+        sight = (self._landmark.path, self._landmark.secret)
+        answers, _ = await self.ask_all(ranks, seam.SEES, *sight, deadline=deadline)
+        return {rank for rank, is_near in answers.items() if is_near}
+
+    def commit(self, source: Source, version: str, checksum: str) -> None:
+        """These are the group's weights from now on."""
+        before, self.source = self.source, source
+        before.close()
+        self.version, self.checksum = version, checksum
+        self.number += 1
+
+    def close(self) -> None:
+        """Lets go of everything that is kept. Idempotent."""
+        self.source.close()
+        if self._landmark is not None:
+            self._landmark.close()
+            self._landmark = None
+
+    # Calls.
+
+    async def ask_all(
+        self, ranks: Sequence[Rank], method: str, *args: Any, deadline: float | None = None
+    ) -> tuple[dict[Rank, Any], Failures]:
+        """Calls ranks side by side: what each answered, and why the others did not.
+
+        One that hangs must not use up the time of all: when the first has answered, the others have `LAG_S`.
+        """
+        began = time.monotonic()
+        tasks = {asyncio.ensure_future(self.ask(rank, method, *args, deadline=deadline)): rank for rank in ranks}
+        waiting, limit = set(tasks), float("inf")
+        try:
+            while waiting and (now := time.monotonic()) < limit:
+                timeout = None if limit == float("inf") else limit - now
+                done, waiting = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                if limit == float("inf") and any(task.exception() is None for task in done):
+                    limit = time.monotonic() + LAG_S + 4 * (time.monotonic() - began)
+        finally:
+            for task in waiting:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        answers: dict[Rank, Any] = {}
+        failed: Failures = {}
+        for rank, result in zip(tasks.values(), results, strict=True):
+            if isinstance(result, asyncio.CancelledError):
+                failed[rank] = TimeoutError(f"rank {rank.identity.rank} did not acknowledge in time")
+            elif isinstance(result, Exception):
+                failed[rank] = result
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                answers[rank] = result
+        return answers, failed
+
+    async def ask(self, rank: Rank, method: str, *args: Any, deadline: float | None = None) -> Any:
+        """Calls a utility method of a rank, in routing or not.
+
+        Raises:
+            GroupDeadError: when the rank ends first.
+            TimeoutError: when it has not answered at the deadline.
+            RuntimeError: when the method fails.
+        """
+        number = rank.identity.rank
+        if rank.link is None or rank.handle is None:
+            raise GroupDeadError(f"rank {number} is not running")
+        call = asyncio.ensure_future(self._client.call_link(rank.link, method, *args))
+        ended = asyncio.ensure_future(rank.handle.wait())
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            await asyncio.wait((call, ended), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if call.done():
+                return call.result()
+            if ended.done():
+                raise GroupDeadError(f"rank {number} died meanwhile: {ended.result()}")
+            raise TimeoutError(f"rank {number} did not acknowledge in time")
+        finally:
+            call.cancel()
+            ended.cancel()
+
+
+async def _told(source: Source) -> Any:
+    """A source's buckets; what it fails with is told as an error of the weights."""
+    try:
+        async with contextlib.aclosing(source.buckets()) as buckets:  # type: ignore[type-var]
+            async for bucket in buckets:
+                yield bucket
+    except WeightsError:
+        raise
+    except Exception as error:
+        words = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+        raise WeightsError(f"the weights could not be read: {words}") from error

@@ -1,0 +1,332 @@
+"""New weights in a running group: in all ranks or in none, and never stale. The same on every backend.
+
+A stand-in engine's answers depend on its weights, so that a rank with others would be seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dplaunch.bucket import digest_of_files
+from dplaunch.errors import RequestError, StandstillError, UsageError, WeightsError
+from dplaunch.group import AsyncGroup
+from dplaunch.testing import Fault, StandInPlan, When, expected_tokens, poll_until_async
+from dplaunch.testing.weights import checksum_of
+from tests.contract.conftest import Launch
+from tests.contract.groups import Watched
+from tests.contract.test_group import SLOW, params, tokens
+
+BACK_S = 60.0
+PROMPTS = [[index + 1, 3] for index in range(12)]
+
+
+def tensors(seed: int) -> dict[str, Any]:
+    """A small model's weights, of several types and shapes."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    made = {f"layers.{n}.weight": torch.randn(33, 7, generator=generator) for n in range(4)}
+    return made | {"scale": torch.tensor(float(seed)), "head": made["layers.0.weight"].t().to(torch.float16)}
+
+
+def killed(rank: int) -> StandInPlan:
+    """A rank that is killed when it is to load weights, the first time."""
+    return StandInPlan(faults={(rank, 0): Fault(when=When.WEIGHTS, returncode=-signal.SIGKILL)})
+
+
+async def answers_with(group: AsyncGroup, weights: str) -> None:
+    """Every rank answers with the weights of that checksum."""
+    for rank in group.client.ranks:
+        outputs = await asyncio.wait_for(group.generate(PROMPTS, params(6), data_parallel_rank=rank), BACK_S)
+        assert [tokens(output) for output in outputs] == [expected_tokens(prompt, 6, weights) for prompt in PROMPTS]
+
+
+async def until(watched: Watched, rank: int, state: str, incarnation: int = 1) -> None:
+    await poll_until_async(lambda: (state, incarnation) in watched.states(rank), BACK_S, f"rank {rank} {state}")
+
+
+def kill(watched: Watched, rank: int) -> None:
+    handle = watched.group.supervisor.ranks[rank].handle
+    assert handle is not None
+    handle.kill()
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several for a small model."""
+    monkeypatch.setattr("dplaunch.weight_source.BUCKET_BYTES", 1000)
+
+
+@pytest.mark.usefixtures("small_buckets")
+async def test_all_ranks_get_new_weights_from_each_kind_of_source(launch: Launch, tmp_path: Path) -> None:
+    import torch
+
+    group = (await launch(dp=3)).group
+    await answers_with(group, "")
+    assert group.weight_version == "0"
+
+    first = tensors(1)
+    done = await group.update_weights(first)
+    assert (done.version, done.ranks, dict(done.behind)) == ("1", (0, 1, 2), {})
+    assert await group.weight_checksums() == dict.fromkeys(range(3), checksum_of(first.items()))
+    await answers_with(group, checksum_of(first.items()))
+
+    second = tensors(2)
+    await group.update_weights(iter(second.items()), "step-2")
+    await answers_with(group, checksum_of(second.items()))
+
+    module = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Linear(5, 5))
+    await group.update_weights(module, 3)
+    await answers_with(group, checksum_of(module.state_dict().items()))
+
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    await group.update_weights(checkpoint)
+    assert group.weight_version == "4"
+    await answers_with(group, digest_of_files(str(checkpoint)))
+    assert all(report == "4" for report in await group.call("get_weight_version"))
+
+
+async def test_ranks_that_cannot_map_the_launchers_memory_get_weights_over_their_socket(launch: Launch) -> None:
+    group = (await launch(StandInPlan(on_this_host=False))).group
+    await group.update_weights(tensors(1))
+    await answers_with(group, checksum_of(tensors(1).items()))
+
+
+@pytest.mark.usefixtures("small_buckets")
+@pytest.mark.parametrize("keep", [None, "memory", "disk"])
+async def test_a_rank_that_is_killed_between_updates_comes_back_with_the_new_weights(
+    launch: Launch, keep: Any, backend_name: str
+) -> None:
+    if keep == "disk" and backend_name == "ray":
+        pytest.skip("the copy is the launcher's, whatever the backend")
+    watched = await launch()
+    group, weights = watched.group, tensors(1)
+    wanted = checksum_of(weights.items())
+    await group.update_weights(weights if keep is None else iter(weights.items()), keep=keep)
+    kill(watched, 1)
+    await until(watched, 1, "ready")
+    assert await group.weight_checksums() == {0: wanted, 1: wanted}
+    await answers_with(group, wanted)
+
+
+async def test_weights_that_cannot_be_had_again_leave_a_rank_stale_until_the_next_update(launch: Launch) -> None:
+    watched = await launch()
+    group, weights = watched.group, tensors(1)
+    await group.update_weights(iter(weights.items()))
+    kill(watched, 1)
+    await until(watched, 1, "stale")
+    assert group.client.ranks == [0]
+    assert "an iterator" in group.supervisor.ranks[1].stale
+    await answers_with(group, checksum_of(weights.items()))
+    # Neither more ranks nor the same ones anew get what nobody has.
+    await group.scale(3)
+    assert group.client.ranks == [0]
+    await group.update_weights(tensors(2))
+    assert group.client.ranks == [0, 1, 2]
+    assert watched.states(1)[-2:] == [("stale", 1), ("ready", 1)]
+    await answers_with(group, checksum_of(tensors(2).items()))
+
+
+async def test_tensors_that_were_written_to_since_are_not_taken_for_what_they_were(launch: Launch) -> None:
+    watched = await launch()
+    group, weights = watched.group, tensors(1)
+    before = checksum_of(weights.items())
+    await group.update_weights(weights)
+    # torch does not count this one.
+    weights["scale"].data = weights["scale"].data + 1
+    kill(watched, 1)
+    await until(watched, 1, "stale")
+    assert "checksum" in group.supervisor.ranks[1].stale
+    weights["head"].add_(1)
+    kill(watched, 1)
+    await until(watched, 1, "stale", 2)
+    assert "changed since" in group.supervisor.ranks[1].stale
+    await answers_with(group, before)
+
+
+async def test_ranks_that_join_after_an_update_have_its_weights(launch: Launch) -> None:
+    group = (await launch(dp=1)).group
+    weights = tensors(1)
+    await group.update_weights(weights, "seven")
+    await group.scale(3)
+    assert group.client.ranks == [0, 1, 2]
+    assert await group.call("get_weight_version") == ["seven"] * 3
+    await answers_with(group, checksum_of(weights.items()))
+
+
+async def test_a_rank_that_is_killed_during_an_update_is_named_and_comes_back_with_the_new_weights(
+    launch: Launch,
+) -> None:
+    watched = await launch(killed(1))
+    group, weights = watched.group, tensors(1)
+    done = await group.update_weights(weights)
+    assert done.ranks == (0,)
+    assert "died" in done.behind[1]
+    await until(watched, 1, "ready")
+    await poll_until_async(lambda: group.client.ranks == [0, 1])
+    await answers_with(group, checksum_of(weights.items()))
+
+
+async def test_a_rank_that_fails_at_an_update_is_replaced_by_one_with_the_new_weights(launch: Launch) -> None:
+    plan = StandInPlan(faults={(0, 0): Fault(when=When.WEIGHTS, error="out of memory")})
+    watched = await launch(plan)
+    group, weights = watched.group, tensors(1)
+    done = await group.update_weights(weights)
+    assert done.ranks == (1,)
+    assert "out of memory" in done.behind[0]
+    await until(watched, 0, "ready")
+    await poll_until_async(lambda: group.client.ranks == [0, 1])
+    await answers_with(group, checksum_of(weights.items()))
+
+
+async def test_a_rank_that_does_not_acknowledge_in_time_is_replaced(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dplaunch.weights.LAG_S", 0.5)
+    plan = StandInPlan(faults={(1, 0): Fault(when=When.WEIGHTS, hang=True)})
+    watched = await launch(plan)
+    group, weights = watched.group, tensors(1)
+    done = await group.update_weights(weights)
+    assert "did not acknowledge in time" in done.behind[1]
+    await until(watched, 1, "ready")
+    await poll_until_async(lambda: group.client.ranks == [0, 1])
+    await answers_with(group, checksum_of(weights.items()))
+
+
+def breaking(weights: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Tensors that end in an error."""
+    yield from list(weights.items())[:5]
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.usefixtures("small_buckets")
+async def test_a_source_that_fails_half_way_leaves_all_ranks_with_what_they_had(launch: Launch) -> None:
+    watched = await launch()
+    group, weights = watched.group, tensors(1)
+    await group.update_weights(weights)
+    with pytest.raises(WeightsError, match="the disk is gone") as raised:
+        await group.update_weights(lambda: breaking(tensors(2)))
+    assert "restarted with weights 1" in raised.value.hint
+    assert group.weight_version == "1"
+    await until(watched, 0, "ready")
+    await until(watched, 1, "ready")
+    await poll_until_async(lambda: group.client.ranks == [0, 1])
+    await answers_with(group, checksum_of(weights.items()))
+
+
+async def test_a_source_that_fails_at_once_changes_nothing(launch: Launch) -> None:
+    watched = await launch()
+    with pytest.raises(WeightsError, match="there are no weights") as raised:
+        await watched.group.update_weights({})
+    assert "Nothing was changed" in raised.value.hint
+    assert watched.states(0) == [("starting", 0), ("ready", 0)]
+    await answers_with(watched.group, "")
+
+
+async def test_what_no_rank_can_load_is_refused_and_all_have_the_first_weights(launch: Launch) -> None:
+    fault = Fault(when=When.WEIGHTS, error="There is no module named 'scale'")
+    watched = await launch(StandInPlan(faults={(rank, 0): fault for rank in range(2)}))
+    group = watched.group
+    with pytest.raises(WeightsError, match=r"no rank could load weights 1: rank 0: .*no module named 'scale'"):
+        await group.update_weights(tensors(1))
+    await until(watched, 1, "ready")
+    await poll_until_async(lambda: group.client.ranks == [0, 1], BACK_S)
+    await answers_with(group, "")
+
+
+async def test_ranks_that_disagree_about_weights_are_restarted_with_those_from_before(launch: Launch) -> None:
+    watched = await launch(StandInPlan(faults={(1, 0): Fault(deviates=True)}))
+    group = watched.group
+    with pytest.raises(WeightsError, match="the ranks disagree"):
+        await group.update_weights(tensors(1))
+    await until(watched, 0, "ready")
+    await until(watched, 1, "ready")
+    await poll_until_async(lambda: group.client.ranks == [0, 1])
+    await answers_with(group, "")
+
+
+async def test_requests_wait_for_an_update_and_none_is_answered_by_both_weights(launch: Launch) -> None:
+    group = (await launch(SLOW)).group
+    weights = tensors(1)
+    early = asyncio.create_task(group.generate(PROMPTS, params(20)))
+    await poll_until_async(lambda: group.client.unfinished == len(PROMPTS))
+    update = asyncio.create_task(group.update_weights(weights))
+    await poll_until_async(lambda: group.client.is_held)
+    late = asyncio.create_task(group.generate(PROMPTS, params(20)))
+    await update
+    new = checksum_of(weights.items())
+    assert [tokens(output) for output in await early] == [expected_tokens(prompt, 20) for prompt in PROMPTS]
+    assert [tokens(output) for output in await late] == [expected_tokens(prompt, 20, new) for prompt in PROMPTS]
+
+
+async def test_a_request_that_moves_while_an_update_waits_for_it_ends_on_the_weights_it_began_with(
+    launch: Launch,
+) -> None:
+    watched = await launch(SLOW)
+    group = watched.group
+    early = asyncio.create_task(group.generate(PROMPTS, params(60)))
+    await poll_until_async(lambda: group.client.rank_counters[1].tokens > 20)
+    update = asyncio.create_task(group.update_weights(tensors(1)))
+    await poll_until_async(lambda: group.client.is_held)
+    kill(watched, 1)
+    assert [tokens(output) for output in await early] == [expected_tokens(prompt, 60) for prompt in PROMPTS]
+    await update
+    await until(watched, 1, "ready")
+    await answers_with(group, checksum_of(tensors(1).items()))
+
+
+async def test_a_request_that_was_kept_through_an_update_is_not_moved_to_another_rank(launch: Launch) -> None:
+    watched = await launch(SLOW)
+    group = watched.group
+    kept = asyncio.create_task(group.generate([[5]] * 2, params(100), on_error="return"))
+    await poll_until_async(lambda: group.client.rank_counters[1].tokens > 0)
+    await group.update_weights(tensors(1), mode="keep")
+    kill(watched, 1)
+    first, second = await asyncio.wait_for(kept, BACK_S)
+    errors = [output for output in (first, second) if isinstance(output, RequestError)]
+    (error,) = errors
+    assert error.retryable
+    assert "it began on weights that have been replaced since" in error.message
+
+
+async def test_an_update_that_waits_too_long_is_given_up_and_the_group_serves_on(launch: Launch) -> None:
+    group = (await launch(SLOW)).group
+    early = asyncio.create_task(group.generate(PROMPTS, params(200)))
+    await poll_until_async(lambda: group.client.unfinished == len(PROMPTS))
+    with pytest.raises(StandstillError, match="12 requests were still running"):
+        await group.update_weights(tensors(1), timeout_s=0.2)
+    assert not group.client.is_held
+    assert [tokens(output) for output in await early] == [expected_tokens(prompt, 200) for prompt in PROMPTS]
+    with pytest.raises(UsageError, match="cannot be a int"):
+        await group.update_weights(5)
+
+
+async def test_an_adapter_is_loaded_swapped_and_removed_in_all_ranks_and_in_one_that_comes_back(launch: Launch) -> None:
+    watched = await launch()
+    group = watched.group
+    first = await group.load_lora("style", "/adapters/one")
+    second = await group.load_lora("style", "/adapters/two")
+    assert first.lora_int_id != second.lora_int_id
+    here = [second.lora_int_id]
+    assert [list(loaded) for loaded in await group.call("list_loras")] == [here, here]
+    weights = tensors(1)
+    await group.update_weights(weights)
+    assert [list(loaded) for loaded in await group.call("list_loras")] == [here, here]
+    kill(watched, 0)
+    await until(watched, 0, "ready")
+    await poll_until_async(lambda: group.client.ranks == [0, 1])
+    assert [list(loaded) for loaded in await group.call("list_loras")] == [here, here]
+    await group.unload_lora("style")
+    assert [list(loaded) for loaded in await group.call("list_loras")] == [[], []]
+    assert group.loras == {}
+    await answers_with(group, checksum_of(weights.items()))
+    with pytest.raises(UsageError, match="no adapter 'style'"):
+        await group.unload_lora("style")
