@@ -330,3 +330,15 @@ async def test_an_adapter_is_loaded_swapped_and_removed_in_all_ranks_and_in_one_
     await answers_with(group, checksum_of(weights.items()))
     with pytest.raises(UsageError, match="no adapter 'style'"):
         await group.unload_lora("style")
+
+
+async def test_answers_of_other_weights_are_not_taken_from_a_results_file(launch: Launch, tmp_path: Path) -> None:
+    group, path = (await launch()).group, tmp_path / "run.jsonl"
+    weights = tensors(1)
+    for expected in ("", checksum_of(weights.items())):
+        for _ in range(2):
+            outputs = await group.generate(PROMPTS, params(6), resume=path)
+            assert [tokens(output) for output in outputs] == [expected_tokens(each, 6, expected) for each in PROMPTS]
+        # Called as those of the start are: it is the weights that count.
+        await group.update_weights(weights, version=0)
+    assert group.client.counters.accepted == 2 * len(PROMPTS)
