@@ -105,7 +105,8 @@ class Standstill:
                 hint="Call update_weights(), then wake_up() again.",
             )
         keepers = self._crew.targets
-        failed = await weights.load([keeper.rank for keeper in keepers], weights.source, deadline=deadline)
+        ranks = [keeper.rank for keeper in keepers]
+        failed = await weights.load(ranks, weights.source, deadline=deadline, verify=bool(weights.checksum))
         self.weights_lost = False
         await self._crew.put_aside(keepers, failed)
 

@@ -99,7 +99,7 @@ class Updates:
         try:
             if self._weights.stance is Stance.ASLEEP:
                 await self._standstill.wake_weights(deadline)
-            failed = await self._weights.load(ranks, source, deadline=deadline, touch=touch)
+            failed = await self._weights.load(ranks, source, deadline=deadline, verify=verify, touch=touch)
             if verify:
                 left = [rank for rank in ranks if rank not in failed]
                 checksums, silent = await self._weights.ask_all(left, seam.CHECKSUM, deadline=deadline)

@@ -100,7 +100,7 @@ class Weights:
             return why
         checksum = self.checksum
         try:
-            failed = await self.load([rank], self.source)
+            failed = await self.load([rank], self.source, verify=bool(checksum))
         except WeightsError as error:
             return error.message
         if failed:
@@ -117,6 +117,7 @@ class Weights:
         source: Source,
         *,
         deadline: float | None = None,
+        verify: bool = True,
         touch: Callable[[], None] = lambda: None,
     ) -> Failures:
         """Has ranks load weights, side by side; each bucket is written once, and freed when all have read it.
@@ -125,6 +126,7 @@ class Weights:
             ranks: which.
             source: what.
             deadline: monotonic time, seconds.
+            verify: whether checksums of them will be asked for.
             touch: called before the first of them changes.
 
         Returns the ranks that did not get them.
@@ -143,7 +145,7 @@ class Weights:
             try:
                 near = await self._near(ranks, deadline)
                 touch()
-                failed = (await self.ask_all(ranks, seam.BEGIN, deadline=deadline))[1]
+                failed = (await self.ask_all(ranks, seam.BEGIN, verify, deadline=deadline))[1]
                 while bucket is not None and len(failed) < len(ranks):
                     left = [rank for rank in ranks if rank not in failed]
                     failed |= await self._load_bucket(left, bucket, near, deadline)

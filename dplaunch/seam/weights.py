@@ -46,13 +46,16 @@ class RankWeights:
     _loaded = ""
     """A digest over what was loaded since the start, in ranks whose checksums do not see it."""
 
+    _digests = False
+
     def dplaunch_sees(self, path: str, secret: str) -> bool:
         """Whether this rank is on the launcher's host, so that it can map the launcher's buckets."""
         return bucket.sees(path, secret)
 
-    def dplaunch_begin_weights(self) -> None:
-        """New weights follow, in buckets."""
+    def dplaunch_begin_weights(self, verify: bool = True) -> None:
+        """New weights follow, in buckets; `verify` says whether a checksum of them will be asked for."""
         self._loaded = ""
+        self._digests = verify and self._packs_out_of_sight()
         self._on_workers(begin)
 
     def dplaunch_load_bucket(self, path: str, entries: Sequence[Any], data: bytes | None = None) -> None:
@@ -66,7 +69,7 @@ class RankWeights:
         fd, here = (-1, path) if data is None else bucket.keep_here(data)
         try:
             self._on_workers(load, here, entries)
-            if self._packs_out_of_sight():
+            if self._digests:
                 self._loaded = bucket.digest(self._loaded, here, entries)
         finally:
             if fd >= 0:

@@ -149,7 +149,7 @@ class Utilities:
     def dplaunch_sees(self, path: str, secret: str) -> bool:
         return self._plan.on_this_host and bucket.sees(path, secret)
 
-    def dplaunch_begin_weights(self) -> None:
+    def dplaunch_begin_weights(self, verify: bool = True) -> None:
         self.weights.begin()
 
     def dplaunch_load_bucket(self, path: str, entries: list[Any], data: bytes | None = None) -> None:

@@ -1,0 +1,81 @@
+"""What our engine core does with weights, around the workers: buckets from here and elsewhere, and the checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dplaunch import bucket
+from dplaunch.seam import weights as seam
+
+TENSORS = [("a", torch.arange(6.0)), ("b", torch.ones(2, 2))]
+
+
+class Engine(seam.RankWeights):
+    """As much of an engine core as is needed."""
+
+    def __init__(self, device: str, rank: int = 0) -> None:
+        self.vllm_config = SimpleNamespace(device_config=SimpleNamespace(device_type=device))
+        self.loaded: list[dict[str, Any]] = []
+        self.steps: list[str] = []
+        self._rank = rank
+
+    def collective_rpc(self, work: Any, args: Any) -> None:
+        self.steps.append(work.__name__)
+        if work is seam.load:
+            self.loaded.append({name: tensor.clone() for name, tensor in bucket.tensors_in(*args)})
+
+    def compute_weight_checksums(self) -> list[dict[str, str]]:
+        return [{f"dp{self._rank}:pp0:pcp0:tp0:a": "d1"}]
+
+
+@pytest.fixture
+def made() -> Iterator[bucket.Bucket]:
+    made = bucket.fill(TENSORS)
+    yield made
+    made.free()
+
+
+def put(engine: Engine, made: bucket.Bucket, *, data: bytes | None = None, verify: bool = True) -> str:
+    """Loads a bucket as the launcher has it done; the checksum."""
+    engine.dplaunch_begin_weights(verify)
+    engine.dplaunch_load_bucket("" if data else made.path, made.entries, data)
+    engine.dplaunch_end_weights()
+    return engine.dplaunch_weight_checksum()
+
+
+def test_a_bucket_is_loaded_alike_from_shared_memory_and_from_the_network(made: bucket.Bucket) -> None:
+    near, far = Engine("cpu", 0), Engine("cpu", 1)
+    assert put(near, made) == put(far, made, data=made.read())
+    assert near.steps == far.steps == ["begin", "load", "end"]
+    for engine in (near, far):
+        (loaded,) = engine.loaded
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS)
+
+
+def test_on_a_cpu_the_checksum_takes_in_what_was_loaded_if_anyone_will_ask(made: bucket.Bucket) -> None:
+    initial = Engine("cpu").dplaunch_weight_checksum()
+    assert put(Engine("cpu"), made) != initial
+    assert put(Engine("cpu"), made, verify=False) == initial
+    # A device's memory is seen by vLLM's own.
+    assert put(Engine("cuda"), made) == initial
+
+
+def test_what_was_loaded_before_does_not_count(made: bucket.Bucket, tmp_path: Path) -> None:
+    engine = Engine("cpu")
+    once = put(engine, made)
+    assert put(engine, made) == once
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    engine.dplaunch_reload_weights(str(tmp_path))
+    reloaded = engine.dplaunch_weight_checksum()
+    assert reloaded != once
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    engine.dplaunch_reload_weights(str(tmp_path))
+    assert engine.dplaunch_weight_checksum() != reloaded
+    engine.dplaunch_reload_weights(None)
+    assert engine.dplaunch_weight_checksum() == Engine("cpu").dplaunch_weight_checksum()
