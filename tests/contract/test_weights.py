@@ -102,11 +102,7 @@ async def test_ranks_that_cannot_map_the_launchers_memory_get_weights_over_their
 
 @pytest.mark.usefixtures("small_buckets")
 @pytest.mark.parametrize("keep", [None, "memory", "disk"])
-async def test_a_rank_that_is_killed_between_updates_comes_back_with_the_new_weights(
-    launch: Launch, keep: Any, backend_name: str
-) -> None:
-    if keep == "disk" and backend_name == "ray":
-        pytest.skip("the copy is the launcher's, whatever the backend")
+async def test_a_rank_that_is_killed_between_updates_comes_back_with_the_new_weights(launch: Launch, keep: Any) -> None:
     watched = await launch()
     group, weights = watched.group, tensors(1)
     wanted = checksum_of(weights.items())
