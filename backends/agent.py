@@ -95,6 +95,10 @@ class NodeAgent:
                 return b""
             await asyncio.sleep(LOG_POLL_S)
 
+    async def settled(self, number: int) -> None:
+        """The rank serves from now on."""
+        self._ranks[number].settled()
+
     async def dump_stack(self, number: int) -> None:
         """Has the rank write its stacks to its log."""
         self._ranks[number].dump_stack()
@@ -198,6 +202,9 @@ class RemoteProcess:
         # Whoever hears of the end reads the last lines next.
         await asyncio.wait((self._log,), timeout=LAST_LINES_S)
         return exit_
+
+    def settled(self) -> None:
+        self._actor.settled.remote(self._number)
 
     def dump_stack(self) -> None:
         self._actor.dump_stack.remote(self._number)

@@ -53,6 +53,12 @@ class Child:
         """Readable once the process has ended; -1 before it is born and after it has ended."""
         return self._pidfd
 
+    def settled(self) -> None:
+        """Notes the shared memory that the process holds, for its sudden end. Does nothing when it has ended."""
+        with self._lock:
+            if self._tree is not None and self._pidfd >= 0:
+                self._tree.note_own_shared_memory()
+
     def dump_stack(self) -> None:
         """Has the process write its stacks to its log. Does nothing when it has ended."""
         with self._lock:

@@ -65,6 +65,9 @@ class MpRank:
     async def wait(self) -> Exit:
         return await _result(self._child.ended)
 
+    def settled(self) -> None:
+        self._child.settled()
+
     def dump_stack(self) -> None:
         self._child.dump_stack()
 

@@ -23,6 +23,8 @@ class Process(Protocol):
 
     async def wait(self) -> Exit: ...
 
+    def settled(self) -> None: ...
+
     def dump_stack(self) -> None: ...
 
     def terminate(self) -> None: ...
@@ -62,6 +64,10 @@ class RayRank:
 
     async def wait(self) -> Exit:
         return await asyncio.shield(self._ended)
+
+    def settled(self) -> None:
+        if not self._ended.done():
+            self._process.settled()
 
     def dump_stack(self) -> None:
         if not self._ended.done():

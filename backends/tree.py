@@ -51,6 +51,11 @@ class Tree:
         """Remembers the shared memory that the tree maps now, so that `clear` can remove it later."""
         self._note(self._members())
 
+    def note_own_shared_memory(self) -> None:
+        """The same for what the rank's own process maps, which its workers may have let go when it is killed. Cheap."""
+        if new := shared_memory_names() - self._before:
+            self._names |= _mapped_by(self.pid) & new
+
     def kill(self) -> list[int]:
         """SIGKILL to every process, stopped ones too; returns their pidfds, for the caller to close."""
         members = self._members()

@@ -116,6 +116,12 @@ class RankHandle(Protocol):
     async def wait(self) -> Exit:
         """Returns how it ended, at once when it does; called by the supervisor for as long as the rank lives."""
 
+    def settled(self) -> None:
+        """It serves from now on. What it holds by now and would outlive it (shared memory) is to go with it.
+
+        Called once it is ready: afterwards it may be killed at any moment, and then nobody can ask it any more.
+        """
+
     def dump_stack(self) -> None:
         """Asks it to write where it is to its log (`STACK_SIGNAL`). Called when it hangs."""
 

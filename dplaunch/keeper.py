@@ -51,6 +51,7 @@ class RankKeeper:
         except TimeoutError:
             raise self._failed(self._timeout(time.monotonic() - started)) from None
         await self._until_proven(boot, link, started, deadline)
+        rank.handle.settled()
         if rank.stale:
             words = f"rank {number} takes no requests until the next update: its weights are stale, since {rank.stale}"
             self.enter(RankState.STALE, words, Level.WARNING, {"why": rank.stale})

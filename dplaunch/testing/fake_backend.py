@@ -58,6 +58,9 @@ class FakeRank:
         # Shielded: a supervisor that stops waiting must not cancel the exit for the others who wait.
         return await asyncio.shield(asyncio.wrap_future(self._exit))
 
+    def settled(self) -> None:
+        """A thread leaves nothing behind that is not this process's."""
+
     def dump_stack(self) -> None:
         frame = sys._current_frames().get(self.thread.ident or 0)
         if frame is not None:

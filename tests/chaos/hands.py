@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import psutil
+
 from dplaunch.errors import DplaunchError, RankFailedError
 from dplaunch.testing import When
 from tests.chaos.load import Ask, End, Load, Tally, ask, follow
@@ -96,7 +98,8 @@ class Hands:
             os.kill(pid, signal.SIGCONT)
 
     async def kill_worker(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        # Rank or worker may have died a moment ago of something else.
+        with contextlib.suppress(psutil.NoSuchProcess):
             self._rig.kill_worker(self._one())
 
     async def kill_zygote(self) -> None:

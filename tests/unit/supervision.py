@@ -32,6 +32,7 @@ class FakeHandle:
         self.pid = 1000 + boot.rank
         self.node = "here"
         self.signals: list[str] = []
+        self.is_settled = False
         self.stubborn = False
         self.immortal = False
         self.on_dump_stack: Callable[[], None] = lambda: None
@@ -39,6 +40,9 @@ class FakeHandle:
 
     def describe(self) -> str:
         return f"pid {self.pid}"
+
+    def settled(self) -> None:
+        self.is_settled = True
 
     def dump_stack(self) -> None:
         self.signals.append("stack")

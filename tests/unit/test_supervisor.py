@@ -28,6 +28,7 @@ async def test_a_start_returns_when_every_rank_has_proved_itself(make: Make) -> 
     assert rig.states(1) == ["starting", "ready"]
     assert [rank.ready_response for rank in rig.ranks] == [{"n": 1}] * 3
     assert rig.ranks[2].report["instance_id"] == "base_dp2"
+    assert all(handle.is_settled for handle in rig.handles)
 
 
 async def test_a_rank_takes_no_requests_before_the_launcher_can_talk_to_it(make: Make) -> None:

@@ -126,6 +126,15 @@ async def test_shared_memory_of_an_ended_rank_is_removed(rig: Rig, way: str) -> 
     await poll_until_async(lambda: not name.exists(), what="the removal of the shared memory")
 
 
+async def test_shared_memory_of_a_serving_rank_that_is_killed_by_others_is_removed(rig: Rig) -> None:
+    rank, saw = await rig.start("share_memory")
+    name = Path("/dev/shm") / saw["name"]
+    rank.settled()
+    os.kill(saw["pid"], signal.SIGKILL)
+    assert await rank.wait() == Exit(signal=signal.SIGKILL)
+    await poll_until_async(lambda: not name.exists(), what="the removal of the shared memory")
+
+
 async def test_a_dead_zygote_is_replaced_by_the_next_spawn_and_its_ranks_live_on(rig: Rig) -> None:
     old, saw = await rig.start("have_children")
     first = rig.zygote_pid
