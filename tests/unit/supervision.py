@@ -132,8 +132,8 @@ class FakeClient:
     def heard(self, link: FakeLink) -> float:
         return self._heard.get(link, link.opened)
 
-    def calls(self, link: FakeLink) -> int:
-        return int(link.rank in self.busy)
+    def calling_since(self, link: FakeLink) -> float | None:
+        return None
 
     async def call_link(self, link: FakeLink, method: str) -> dict[str, Any]:
         if method == PING:
