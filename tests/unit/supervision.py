@@ -133,7 +133,7 @@ class FakeClient:
         return self._heard.get(link, link.opened)
 
     def calling_since(self, link: FakeLink) -> float | None:
-        return None
+        return link.opened if link.rank in self.busy else None
 
     async def call_link(self, link: FakeLink, method: str) -> dict[str, Any]:
         if method == PING:
