@@ -105,7 +105,6 @@ class FakeClient:
         self.reasons: list[str] = []
         self.silent: set[int] = set()
         """Ranks that do not answer."""
-        self.busy: set[int] = set()
         """Ranks that work on a user's call."""
         self.pings = 0
         self._heard: dict[FakeLink, float] = {}
@@ -133,7 +132,7 @@ class FakeClient:
         return self._heard.get(link, link.opened)
 
     def calling_since(self, link: FakeLink) -> float | None:
-        return link.opened if link.rank in self.busy else None
+        return None
 
     async def call_link(self, link: FakeLink, method: str) -> dict[str, Any]:
         if method == PING:
