@@ -279,6 +279,15 @@ TABLE = (
         test="tests/chaos/test_abuse.py::test_beyond_the_queue_new_requests_are_refused_and_those_in_it_are_answered",
     ),
     Row(
+        name="second user",
+        fault="another user at the control socket",
+        when="a group runs",
+        seen="He cannot open it; where he can, since somebody changed its mode, he is turned away by name.",
+        kept="everything: nothing is told, nothing is done",
+        backends=("mp",),
+        test="tests/unit/test_control.py::test_a_second_user_gets_no_answer_even_when_he_gets_at_the_socket",
+    ),
+    Row(
         name="control socket",
         fault="garbage, and a thousand connections, at the control socket",
         when="serving HTTP",
