@@ -49,17 +49,16 @@ class Tree:
 
     def note_shared_memory(self) -> None:
         """Remembers the shared memory that the tree maps now, so that `clear` can remove it later."""
-        self._note(self._members())
+        self._note(self.members())
 
     def note_own_shared_memory(self) -> None:
         """The same for what the rank's own process maps, which its workers may have let go when it is killed. Cheap."""
-        if new := shared_memory_names() - self._before:
-            self._names |= _mapped_by(self.pid) & new
+        self._note([self.pid])
 
     def kill(self) -> list[int]:
         """SIGKILL to every process, stopped ones too; returns their pidfds, for the caller to close."""
         members = self._members()
-        self._note(members)
+        self._note([process.pid for process in members])
         killed = []
         for process in members:
             # By pidfd, and looked at again: the number may be another process's by now.
@@ -88,10 +87,10 @@ class Tree:
         self._sweep()
         return True
 
-    def _note(self, members: list[_Process]) -> None:
+    def _note(self, pids: list[int]) -> None:
         if new := shared_memory_names() - self._before:
-            for process in members:
-                self._names |= _mapped_by(process.pid) & new
+            for pid in pids:
+                self._names |= _mapped_by(pid) & new
 
     def _members(self) -> list[_Process]:
         alive = [process for process in _processes() if process.state not in _DEFUNCT]
