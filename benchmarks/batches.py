@@ -37,6 +37,9 @@ MEDIAN, SIGMA, WITHIN_TASK = 56, 1.2, 0.5
 
 TASKS = 8
 
+CHANGED = 0.3
+"""How far answers differ when the same prompts are asked again, of other weights: sigma, log-normal too."""
+
 LOOK_S = 0.01
 """Seconds between two looks at whether each rank has something to do."""
 
@@ -81,8 +84,20 @@ def longest_first(count: int, chance: random.Random) -> list[int]:
 ORDERS = {"by task": by_task, "longest first": longest_first, "shuffled": shuffled}
 
 
+AGAIN = ("by task", "shuffled")
+"""The orders whose prompts are asked once more: dplaunch has answered them before, and chunks do not care."""
+
+BATCHES = (*ORDERS, *(f"{order}, again" for order in AGAIN))
+"""All that is measured in a round."""
+
+
+def changed(lengths: Sequence[int], chance: random.Random) -> list[int]:
+    """The lengths of the same prompts' answers after some training."""
+    return [_length(chance.gauss(math.log(length), CHANGED)) for length in lengths]
+
+
 def measure_batches(standin: bool, turn: int, amount: Amount, settings: Settings) -> dict[str, float]:
-    """Measures both ways with each order of answer lengths.
+    """Measures both ways with each of `BATCHES`.
 
     Args:
         standin: with engines that compute nothing in place of vLLM.
@@ -91,7 +106,7 @@ def measure_batches(standin: bool, turn: int, amount: Amount, settings: Settings
         settings: the benchmark's.
 
     Returns:
-        By "WAY ORDER rate" the tokens a second, and by "WAY ORDER idle" the share of the time (%) in which at least
+        By "WAY BATCH rate" the tokens a second, and by "WAY BATCH idle" the share of the time (%) in which at least
         one rank had nothing left to do.
 
     Raises:
@@ -115,20 +130,34 @@ async def _measure(asked: dict[str, Any]) -> dict[str, float]:
     amount, turn = Amount(**asked["amount"]), asked["turn"]
     measured: dict[str, float] = {}
     async with _group(asked, amount) as group:
-        await _ask(group, "dplaunch", _batch(-1, 2 * asked["dp"], asked["standin"]), [SHORTEST] * 2 * asked["dp"])
+        await _ask(
+            group, "dplaunch", _batch("warm-up", 2 * asked["dp"], asked["standin"]), [SHORTEST] * 2 * asked["dp"]
+        )
         for number, (order, draw) in enumerate(ORDERS.items()):
-            lengths = draw(amount.prompts, random.Random(turn))
-            for way in WAYS if (turn + number) % 2 else reversed(WAYS):
-                # A batch of its own each time: nothing of it is in a prefix cache.
-                batch = _batch(len(measured), amount.prompts, asked["standin"])
-                rate, idle = await timed(group, functools.partial(_ask, group, way, batch, lengths))
-                measured |= {f"{way} {order} rate": rate, f"{way} {order} idle": idle}
+            chance = random.Random(turn)
+            lengths = draw(amount.prompts, chance)
+            ways = WAYS if (turn + number) % 2 else WAYS[::-1]
+            # For each way a batch of its own: what one has answered is nothing that the other may know.
+            batches = {way: _batch(f"{order} {way}", amount.prompts, asked["standin"]) for way in ways}
+            for way in ways:
+                measured |= await _sample(group, way, order, batches[way], lengths)
+            if order in AGAIN:
+                for way in ways:
+                    measured |= await _sample(
+                        group, way, f"{order}, again", batches["dplaunch"], changed(lengths, random.Random(turn))
+                    )
     return measured
+
+
+async def _sample(group: Any, way: str, name: str, batch: Sequence[Any], lengths: Sequence[int]) -> dict[str, float]:
+    rate, idle = await timed(group, functools.partial(_ask, group, way, batch, lengths))
+    return {f"{way} {name} rate": rate, f"{way} {name} idle": idle}
 
 
 @contextlib.asynccontextmanager
 async def _group(asked: dict[str, Any], amount: Amount) -> AsyncIterator[AsyncGroup]:
-    engine_args = {**asked["engine_args"], "max_num_seqs": amount.max_num_seqs}
+    # Prompts that are asked again are computed again, as after an update of the weights.
+    engine_args = {**asked["engine_args"], "max_num_seqs": amount.max_num_seqs, "enable_prefix_caching": False}
     if asked["standin"]:
         plan = StandInPlan(token_delay_s=amount.step_s, max_num_seqs=amount.max_num_seqs)
         engine_args |= {"standin": plan, "skip_tokenizer_init": True}
@@ -183,8 +212,8 @@ async def _ask(group: Any, way: str, batch: Sequence[Any], lengths: Sequence[int
     return sum(len(output.outputs[0].token_ids) for output in outputs)
 
 
-def _batch(number: int, count: int, tokens: bool) -> list[Any]:
-    texts = [f"{number}. {prompt}" for prompt in prompts(count)]
+def _batch(name: str, count: int, tokens: bool) -> list[Any]:
+    texts = [f"{name}: {prompt}" for prompt in prompts(count)]
     # A stand-in has no tokenizer, and the frontend none for it: any ids do.
     return [[16 + byte for byte in text.encode()] for text in texts] if tokens else texts
 

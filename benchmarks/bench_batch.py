@@ -1,8 +1,9 @@
 """A batch of skewed answer lengths: handed out as ranks free up, beside equal chunks (`make bench-batch`).
 
 Chunks are what a harness makes that cuts its prompts into as many equal parts as there are ranks. The lengths are
-log-normal, 8 to 512 tokens, in three orders; nobody knows them before. With vLLM, and with engines whose steps take the
-same time however many sequences run, as a device's nearly do.
+log-normal, 8 to 512 tokens, in three orders; nobody knows them before. Two of the batches are asked once more, as an
+evaluation in a training loop is, with answers that have changed somewhat. With vLLM, and with engines whose steps take
+the same time however many sequences run, as a device's nearly do.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping
 
-from benchmarks.batches import ORDERS, WAYS, Amount, measure_batches
+from benchmarks.batches import BATCHES, WAYS, Amount, measure_batches
 from benchmarks.common import Comparison, Settings, parser, report, run_rounds, settings_of
 
 ENGINES = ("standin", "vllm")
@@ -30,14 +31,14 @@ GOAL = 1.25
 def comparisons(engine: str) -> list[Comparison]:
     """The lines of the table for "vllm" or "standin"."""
 
-    def line(what: str, unit: str, order: str, sample: str, goal: float | None = None) -> Comparison:
-        base, ours = (f"{way} {engine} {order} {sample}" for way in WAYS)
-        title = f"{engine}: {what}, {order}"
+    def line(what: str, unit: str, batch: str, sample: str, goal: float | None = None) -> Comparison:
+        base, ours = (f"{way} {engine} {batch} {sample}" for way in WAYS)
+        title = f"{engine}: {what}, {batch}"
         return Comparison(title=title, unit=unit, base=base, ours=ours, goal=goal, more_is_better=True)
 
     return [
-        *(line("throughput", "tokens/s", order, "rate", GOAL) for order in ORDERS),
-        *(line("time in which a rank is idle", "%", order, "idle") for order in ORDERS),
+        *(line("throughput", "tokens/s", batch, "rate", GOAL) for batch in BATCHES),
+        *(line("time in which a rank is idle", "%", batch, "idle") for batch in BATCHES),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 
 from dplaunch.batch_progress import BatchProgress, Progress
 from dplaunch.errors import DplaunchError, RequestError, UsageError
+from dplaunch.lengths import AnswerLengths
 from dplaunch.resume_keys import Keys
 from dplaunch.saved_batch import Resume, SavedBatch
 from dplaunch.seam import prompts as seam_prompts
@@ -47,6 +48,7 @@ async def iter_batch(
     key: Keys | None = None,
     weights: str | None = None,
     rank_tokens: Callable[[], Mapping[int, int]] = dict,
+    lengths: AnswerLengths | None = None,
 ) -> AsyncGenerator[tuple[int, Any], None]:
     """See `AsyncGroup.generate_iter`.
 
@@ -54,6 +56,7 @@ async def iter_batch(
         slots: how many sequences all ranks together run at a time, by now.
         weights: the version of the weights that answer; answers of others are not taken from a results file.
         rank_tokens: the tokens that each rank has answered so far.
+        lengths: how long answers were before. A batch that is pinned to a rank is begun in the order of its prompts.
     """
     batch = _Batch(engine, prompts, params, lora_request, data_parallel_rank)
     numbers = range(len(batch.prompts))
@@ -63,13 +66,18 @@ async def iter_batch(
         saved = stack.enter_context(kept)
         there = [index for index in numbers if saved.has(index)]
         todo = [index for index in numbers if not saved.has(index)]
+        if lengths is not None and data_parallel_rank is None and len(todo) > slots():
+            todo = lengths.longest_first(batch.prompts, todo)
         counted = BatchProgress(len(numbers), progress, resumed=len(there), rank_tokens=rank_tokens)
         bar = stack.enter_context(counted)
 
         async def answer(index: int) -> Any:
             result = await batch.answer(index)
             await saved.keep(index, result)
-            bar.advance(_tokens(result))
+            tokens = _tokens(result)
+            if lengths is not None and tokens:
+                lengths.note(batch.prompts[index], tokens)
+            bar.advance(tokens)
             return result
 
         # The ranks have work already while the reader gets what is there.

@@ -38,7 +38,8 @@ class AsyncGroup(ModelControl):
     ) -> list[Any]:
         """Answers a batch; the results are in the order of the prompts.
 
-        Every rank is kept just full, and the rest is handed out as ranks free up.
+        Every rank is kept just full, and the rest is handed out as ranks free up: in the order of the prompts, or, for
+        prompts that this group has answered before, those first whose answers were the longest.
 
         Args:
             prompts: strings, lists of token ids, lists of chat messages, or vLLM prompt dicts; or one of them.
@@ -118,6 +119,7 @@ class AsyncGroup(ModelControl):
             "rank_tokens": lambda: {rank: counted.tokens for rank, counted in counters.items()},
             # An answer of other weights is another answer; those of the start have no say in what they are called.
             "weights": weights.version if weights.number else None,
+            "lengths": self._lengths,
         }
 
     async def stream(

@@ -25,6 +25,7 @@ from dplaunch.errors import DplaunchError, GroupClosedError, UsageError
 from dplaunch.events import Event, Level, Listener
 from dplaunch.host import GroupHost
 from dplaunch.identity import Identity
+from dplaunch.lengths import AnswerLengths
 from dplaunch.link import RankLink, Transport
 from dplaunch.logs import prepare_log_dir, prune_old, release_log_dir
 from dplaunch.parts import GroupParts
@@ -66,6 +67,7 @@ class GroupLife(GroupParts):
         super().__init__(spec)
         self.sight = Sight(self, self._emit)
         """What lets it be seen and steered from outside."""
+        self._lengths = AnswerLengths()
         self._server = server
         self._listeners: list[Listener] = [*listeners, self.sight]
         self._quiet_vllm = quiet_vllm

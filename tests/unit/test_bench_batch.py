@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import statistics
 from types import SimpleNamespace
@@ -32,6 +33,14 @@ def test_answers_of_one_task_stand_together_and_are_alike() -> None:
     drawn = [(ORDERS["by task"](256, random.Random(n)), ORDERS["shuffled"](256, random.Random(n))) for n in range(20)]
     assert statistics.mean(spread(a) for a, _ in drawn) > 2 * statistics.mean(spread(b) for _, b in drawn)
     assert longest_first(64, random.Random(1)) == sorted(ORDERS["shuffled"](64, random.Random(1)), reverse=True)
+
+
+def test_answers_that_are_given_again_are_somewhat_longer_or_shorter() -> None:
+    lengths = ORDERS["shuffled"](512, random.Random(5))
+    again = batches.changed(lengths, random.Random(6))
+    assert lengths != again == batches.changed(lengths, random.Random(6))
+    factors = [new / old for new, old in zip(again, lengths, strict=True) if 60 < old < 200]
+    assert 0.2 < statistics.stdev(map(math.log, factors)) < 0.4
 
 
 class PlayedGroup:
@@ -80,7 +89,7 @@ def test_every_line_of_the_table_has_samples_and_each_round_draws_anew(
         return {
             f"{way} {order} {what}": 2.0 if way == "chunks" else 3.0
             for way in batches.WAYS
-            for order in ORDERS
+            for order in batches.BATCHES
             for what in ("rate", "idle")
         }
 
@@ -90,5 +99,5 @@ def test_every_line_of_the_table_has_samples_and_each_round_draws_anew(
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result["ratios"].values()) == {1.5}
     assert set(result["goals"].values()) == {1.25}
-    assert (len(result["ratios"]), len(result["goals"])) == (12, 6)
+    assert (len(result["ratios"]), len(result["goals"])) == (20, 10)
     assert asked == [(True, 0), (False, 0), (False, 1), (True, 1)]
