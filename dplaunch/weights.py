@@ -1,7 +1,7 @@
 """What weights the ranks of a group should have, and how a rank gets them: the word on what is stale.
 
-Consulted on the one path by which a rank comes up (`RankKeeper.bring_up`), and by every change of a group that runs
-(`dplaunch.updating`, `dplaunch.standstill`, `dplaunch.adapters`). It knows ranks and calls them; what becomes of one
+Consulted where a rank comes up (`dplaunch.arrivals`), and by every change of a group that runs (`dplaunch.updating`,
+`dplaunch.standstill`, `dplaunch.adapters`). It knows ranks and calls them; what becomes of one
 that fails is for others to say.
 """
 
@@ -66,50 +66,6 @@ class Weights:
     def has_changed(self) -> bool:
         """Whether a rank that was just started is anything but what the group is."""
         return bool(self.number or self.loras) or self.stance is not Stance.SERVING
-
-    async def admit(self, rank: Rank) -> None:
-        """Brings a rank, which has just proved itself, to where the group is; its `stale` says why it cannot be.
-
-        Raises:
-            Exception: when the rank fails at it; it is no better than one that did not come up.
-        """
-        rank.weights, rank.stale, rank.admitted = 0, "", False
-        if self.has_changed() or self.lock.locked():
-            async with self.lock:
-                await self._bring_along(rank)
-                rank.admitted = True
-        # No await since the look: a change that begins now finds the rank among those that it is for.
-        rank.admitted = True
-
-    async def _bring_along(self, rank: Rank) -> None:
-        if rank.weights != self.number:
-            rank.stale = await self._replay(rank)
-        for lora in self.loras.values():
-            # One that cannot be read any more fails the requests that name it, and is no reason to be without the rank.
-            with contextlib.suppress(RuntimeError):
-                await self.ask(rank, "add_lora", lora)
-        if self.stance is Stance.PAUSED:
-            await self.ask(rank, "pause_scheduler", "abort", True)
-        elif self.stance is Stance.ASLEEP:
-            # Not at level 2: it would have to be given its weights once more when it wakes.
-            await self.ask(rank, "sleep", 1, "abort")
-
-    async def _replay(self, rank: Rank) -> str:
-        """Gives a rank the current weights once more; says why not."""
-        if why := self.source.lost():
-            return why
-        checksum = self.checksum
-        try:
-            failed = await self.load([rank], self.source, verify=bool(checksum))
-        except WeightsError as error:
-            return error.message
-        if failed:
-            raise failed[rank]
-        if checksum and await self.ask(rank, seam.CHECKSUM) != checksum:
-            return "they were changed since: the checksum of what it loaded is another"
-        await self.ask(rank, "set_weight_version", self.version)
-        rank.weights = self.number
-        return ""
 
     async def load(
         self,

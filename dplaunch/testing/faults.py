@@ -75,6 +75,7 @@ class StandInPlan:
         report_finished: whether answers name the requests that they end. vLLM does so only where a
             coordinator balances the ranks; without one, a client goes by each output's finish reason.
         copies_weights: whether the engines copy what they are given, as a loader would, in place of a checksum over it.
+        load_s: seconds that the engines take to load a bucket or a checkpoint.
         can_sleep: whether the engines were started so that they can be put to sleep.
         on_this_host: whether the engines can map the launcher's memory; else they pretend to be on another host.
     """
@@ -87,6 +88,7 @@ class StandInPlan:
     dtype: str = "float32"
     report_finished: bool = False
     copies_weights: bool = False
+    load_s: float = 0.0
     can_sleep: bool = True
     on_this_host: bool = True
 

@@ -153,6 +153,7 @@ class Utilities:
         self.weights.begin()
 
     def dplaunch_load_bucket(self, path: str, entries: list[Any], data: bytes | None = None) -> None:
+        self._host.sleep(self._plan.load_s)
         self.weights.load(path, entries, data)
 
     def dplaunch_end_weights(self) -> None:
@@ -160,6 +161,7 @@ class Utilities:
         self._loras.clear()  # As vLLM, which unloads them with the model that they belong to.
 
     def dplaunch_reload_weights(self, path: str | None) -> None:
+        self._host.sleep(self._plan.load_s)
         self.weights.reload(path)
         self._loras.clear()
 
