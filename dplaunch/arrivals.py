@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 
 from dplaunch.errors import WeightsError
+from dplaunch.hosts import Failures
 from dplaunch.rank import Rank
 from dplaunch.seam import weights as seam
-from dplaunch.weights import Failures, Stance, Weights
+from dplaunch.weights import Stance, Weights
 
 Waiting = dict[Rank, "asyncio.Future[None]"]
 

@@ -17,6 +17,7 @@ from typing import Any
 from dplaunch.bucket import Bucket, Landmark
 from dplaunch.client import GroupClient
 from dplaunch.errors import GroupDeadError, WeightsError
+from dplaunch.hosts import Failures, Hosts
 from dplaunch.rank import Rank
 from dplaunch.seam import weights as seam
 from dplaunch.weight_source import Initial, Source
@@ -26,9 +27,6 @@ FIRST_VERSION = "0"
 
 LAG_S = 30.0
 """Seconds that ranks may take longer than the first of them for the same step, beside four times as long as it."""
-
-Failures = dict[Rank, Exception]
-"""Ranks that did not do as they were told, and why."""
 
 
 class Stance(enum.StrEnum):
@@ -99,12 +97,13 @@ class Weights:
                 raise WeightsError("there are no weights in what was given", hint="Give (name, tensor) pairs.")
             bucket: Bucket | None = first
             try:
-                near = await self._near(ranks, deadline)
+                hosts = await Hosts.find(self.ask_all, ranks, self._mark(), deadline)
                 touch()
                 failed = (await self.ask_all(ranks, seam.BEGIN, verify, deadline=deadline))[1]
                 while bucket is not None and len(failed) < len(ranks):
                     left = [rank for rank in ranks if rank not in failed]
-                    failed |= await self._load_bucket(left, bucket, near, deadline)
+                    failed |= await hosts.load(self.ask_all, left, bucket, deadline)
+                    bucket.free()
                     bucket = await anext(buckets, None)
             finally:
                 if bucket is not None:
@@ -112,28 +111,10 @@ class Weights:
         left = [rank for rank in ranks if rank not in failed]
         return failed | (await self.ask_all(left, seam.END, deadline=deadline))[1]
 
-    async def _load_bucket(
-        self, ranks: Sequence[Rank], bucket: Bucket, near: set[Rank], deadline: float | None
-    ) -> Failures:
-        try:
-            here = [rank for rank in ranks if rank in near]
-            there = [rank for rank in ranks if rank not in near]
-            data = await asyncio.to_thread(bucket.read) if there else b""
-            (_, failed), (_, also) = await asyncio.gather(
-                self.ask_all(here, seam.LOAD, bucket.path, bucket.entries, deadline=deadline),
-                self.ask_all(there, seam.LOAD, "", bucket.entries, data, deadline=deadline),
-            )
-            return failed | also
-        finally:
-            bucket.free()
-
-    async def _near(self, ranks: Sequence[Rank], deadline: float | None) -> set[Rank]:
-        """The ranks on this host: they map the launcher's memory."""
+    def _mark(self) -> Landmark:
         if self._landmark is None:
             self._landmark = Landmark()
-        sight = (self._landmark.path, self._landmark.secret)
-        answers, _ = await self.ask_all(ranks, seam.SEES, *sight, deadline=deadline)
-        return {rank for rank, is_near in answers.items() if is_near}
+        return self._landmark
 
     def commit(self, source: Source, version: str, checksum: str) -> None:
         """These are the group's weights from now on."""
