@@ -160,8 +160,8 @@ def _typed(options: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     driver = Driver()
-    names = ("launch", "launch_real", "ranks", "answers", "chat", "update_weights", "events", "close")
-    names += ("begin_load", "load", "end_load")
+    calls = ("launch", "launch_real", "ranks", "answers", "chat", "update_weights", "events", "close")
+    names = (*calls, "begin_load", "load", "end_load")
     try:
         answer({name: getattr(driver, name) for name in names})
     finally:
