@@ -69,8 +69,6 @@ def fill(tensors: Sequence[tuple[str, Any]], folder: Path | None = None, number:
         folder: where it becomes a file; None for memory.
         number: tells its file from others.
     """
-    import torch
-
     entries, size = _layout(tensors)
     if folder is None:
         fd, path = new_memory("dplaunch-weights")
@@ -80,9 +78,7 @@ def fill(tensors: Sequence[tuple[str, Any]], folder: Path | None = None, number:
     bucket = Bucket(path, size, entries, fd)
     try:
         os.ftruncate(fd, max(1, size))
-        if size:
-            with mmap.mmap(fd, size) as memory:
-                _write(torch, memory, tensors, entries)
+        _write(fd, tensors, entries)
         if folder is not None:
             bucket.free()
     except BaseException:
@@ -102,13 +98,17 @@ def _layout(tensors: Sequence[tuple[str, Any]]) -> tuple[tuple[Entry, ...], int]
     return tuple(entries), size
 
 
-def _write(torch: Any, memory: mmap.mmap, tensors: Sequence[tuple[str, Any]], entries: Sequence[Entry]) -> None:
-    # In a function of its own: a mapping cannot be closed while a tensor still looks into it.
-    target = torch.frombuffer(memory, dtype=torch.uint8)
+def _write(fd: int, tensors: Sequence[tuple[str, Any]], entries: Sequence[Entry]) -> None:
+    """By write(2), which fills new pages in half the time of a mapping, and says so where a disk is full."""
+    import torch
+
     for (_, tensor), (_, _, _, start, nbytes) in zip(tensors, entries, strict=True):
         if nbytes:
-            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            target[start : start + nbytes].copy_(flat)
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
+            left = memoryview(flat.numpy())
+            while left:
+                # One call writes 2 GiB at most.
+                left = left[os.pwrite(fd, left, start + nbytes - len(left)) :]
 
 
 def mapped(path: str) -> mmap.mmap:
