@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from dplaunch.client import GroupClient
 from dplaunch.errors import GroupDeadError, WeightsError
 from dplaunch.events import Event, Kind, Listener
+from dplaunch.hosts import Failures
 from dplaunch.rank import Rank
-from dplaunch.weights import Failures, Weights
+from dplaunch.weights import Weights
 
 if TYPE_CHECKING:
     from dplaunch.keeper import RankKeeper

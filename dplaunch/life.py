@@ -16,6 +16,7 @@ import cloudpickle
 import zmq
 
 from dplaunch import known_flags, seam
+from dplaunch.arrivals import Arrivals
 from dplaunch.backend import Backend, RankBoot, load_backend
 from dplaunch.changes import Changes
 from dplaunch.client import SETTLE_S, GroupClient
@@ -75,6 +76,7 @@ class GroupLife(GroupParts):
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._address: str | None = None
         self._runtime_dir: Path | None = None
+        self._arrivals: Arrivals | None = None
 
     # Life.
 
@@ -128,6 +130,7 @@ class GroupLife(GroupParts):
             settle_s=SETTLE_S,
         )
         weights = self.weights = Weights(client)
+        self._arrivals = Arrivals(weights)
         supervisor = self._supervisor = Supervisor(
             plan,
             backend,
@@ -137,7 +140,7 @@ class GroupLife(GroupParts):
             data_path=imported,
             emit=self._emit,
             on_dead=self._on_dead,
-            admit=weights.admit,
+            admit=self._arrivals.admit,
         )
         self._steer(self._crew_of(weights, client, supervisor))
         self._context = zmq.Context()
@@ -210,6 +213,8 @@ class GroupLife(GroupParts):
         finally:
             if self._backend is not None:
                 await self._backend.close()
+            if self._arrivals is not None:
+                await self._arrivals.close()
             if self.weights is not None:
                 self.weights.close()
             if self._context is not None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from dplaunch.crew import Crew, named, words_of
 from dplaunch.errors import DplaunchError, WeightsError
 from dplaunch.events import Event, Kind, Level, RankState
+from dplaunch.hosts import Failures
 from dplaunch.rank import Rank
 from dplaunch.seam import weights as seam
 from dplaunch.standstill import PauseMode, Standstill
 from dplaunch.weight_source import Source
-from dplaunch.weights import Failures, Stance
+from dplaunch.weights import Stance
 
 if TYPE_CHECKING:
     from dplaunch.keeper import RankKeeper

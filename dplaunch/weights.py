@@ -1,7 +1,7 @@
 """What weights the ranks of a group should have, and how a rank gets them: the word on what is stale.
 
-Consulted on the one path by which a rank comes up (`RankKeeper.bring_up`), and by every change of a group that runs
-(`dplaunch.updating`, `dplaunch.standstill`, `dplaunch.adapters`). It knows ranks and calls them; what becomes of one
+Consulted where a rank comes up (`dplaunch.arrivals`), and by every change of a group that runs (`dplaunch.updating`,
+`dplaunch.standstill`, `dplaunch.adapters`). It knows ranks and calls them; what becomes of one
 that fails is for others to say.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 from dplaunch.bucket import Bucket, Landmark
 from dplaunch.client import GroupClient
 from dplaunch.errors import GroupDeadError, WeightsError
+from dplaunch.hosts import Failures, Hosts
 from dplaunch.rank import Rank
 from dplaunch.seam import weights as seam
 from dplaunch.weight_source import Initial, Source
@@ -26,9 +27,6 @@ FIRST_VERSION = "0"
 
 LAG_S = 30.0
 """Seconds that ranks may take longer than the first of them for the same step, beside four times as long as it."""
-
-Failures = dict[Rank, Exception]
-"""Ranks that did not do as they were told, and why."""
 
 
 class Stance(enum.StrEnum):
@@ -67,50 +65,6 @@ class Weights:
         """Whether a rank that was just started is anything but what the group is."""
         return bool(self.number or self.loras) or self.stance is not Stance.SERVING
 
-    async def admit(self, rank: Rank) -> None:
-        """Brings a rank, which has just proved itself, to where the group is; its `stale` says why it cannot be.
-
-        Raises:
-            Exception: when the rank fails at it; it is no better than one that did not come up.
-        """
-        rank.weights, rank.stale, rank.admitted = 0, "", False
-        if self.has_changed() or self.lock.locked():
-            async with self.lock:
-                await self._bring_along(rank)
-                rank.admitted = True
-        # No await since the look: a change that begins now finds the rank among those that it is for.
-        rank.admitted = True
-
-    async def _bring_along(self, rank: Rank) -> None:
-        if rank.weights != self.number:
-            rank.stale = await self._replay(rank)
-        for lora in self.loras.values():
-            # One that cannot be read any more fails the requests that name it, and is no reason to be without the rank.
-            with contextlib.suppress(RuntimeError):
-                await self.ask(rank, "add_lora", lora)
-        if self.stance is Stance.PAUSED:
-            await self.ask(rank, "pause_scheduler", "abort", True)
-        elif self.stance is Stance.ASLEEP:
-            # Not at level 2: it would have to be given its weights once more when it wakes.
-            await self.ask(rank, "sleep", 1, "abort")
-
-    async def _replay(self, rank: Rank) -> str:
-        """Gives a rank the current weights once more; says why not."""
-        if why := self.source.lost():
-            return why
-        checksum = self.checksum
-        try:
-            failed = await self.load([rank], self.source, verify=bool(checksum))
-        except WeightsError as error:
-            return error.message
-        if failed:
-            raise failed[rank]
-        if checksum and await self.ask(rank, seam.CHECKSUM) != checksum:
-            return "they were changed since: the checksum of what it loaded is another"
-        await self.ask(rank, "set_weight_version", self.version)
-        rank.weights = self.number
-        return ""
-
     async def load(
         self,
         ranks: Sequence[Rank],
@@ -143,12 +97,13 @@ class Weights:
                 raise WeightsError("there are no weights in what was given", hint="Give (name, tensor) pairs.")
             bucket: Bucket | None = first
             try:
-                near = await self._near(ranks, deadline)
+                hosts = await Hosts.find(self.ask_all, ranks, self._mark(), deadline)
                 touch()
                 failed = (await self.ask_all(ranks, seam.BEGIN, verify, deadline=deadline))[1]
                 while bucket is not None and len(failed) < len(ranks):
                     left = [rank for rank in ranks if rank not in failed]
-                    failed |= await self._load_bucket(left, bucket, near, deadline)
+                    failed |= await hosts.load(self.ask_all, left, bucket, deadline)
+                    bucket.free()
                     bucket = await anext(buckets, None)
             finally:
                 if bucket is not None:
@@ -156,28 +111,10 @@ class Weights:
         left = [rank for rank in ranks if rank not in failed]
         return failed | (await self.ask_all(left, seam.END, deadline=deadline))[1]
 
-    async def _load_bucket(
-        self, ranks: Sequence[Rank], bucket: Bucket, near: set[Rank], deadline: float | None
-    ) -> Failures:
-        try:
-            here = [rank for rank in ranks if rank in near]
-            there = [rank for rank in ranks if rank not in near]
-            data = await asyncio.to_thread(bucket.read) if there else b""
-            (_, failed), (_, also) = await asyncio.gather(
-                self.ask_all(here, seam.LOAD, bucket.path, bucket.entries, deadline=deadline),
-                self.ask_all(there, seam.LOAD, "", bucket.entries, data, deadline=deadline),
-            )
-            return failed | also
-        finally:
-            bucket.free()
-
-    async def _near(self, ranks: Sequence[Rank], deadline: float | None) -> set[Rank]:
-        """The ranks on this host: they map the launcher's memory."""
+    def _mark(self) -> Landmark:
         if self._landmark is None:
             self._landmark = Landmark()
-        sight = (self._landmark.path, self._landmark.secret)
-        answers, _ = await self.ask_all(ranks, seam.SEES, *sight, deadline=deadline)
-        return {rank for rank, is_near in answers.items() if is_near}
+        return self._landmark
 
     def commit(self, source: Source, version: str, checksum: str) -> None:
         """These are the group's weights from now on."""

@@ -14,6 +14,8 @@ Checked with vLLM 0.32. What we rely on, and where:
   `quant_method`, `EngineCore.collective_rpc` and `compute_weight_checksums`, and `LoRARequest`. As utility methods:
   `pause_scheduler`, `resume_scheduler`, `sleep`, `wake_up`, `reset_prefix_cache`, `set_weight_version`, `add_lora`,
   `remove_lora`.
+* lora.py, adapters on a CPU: `bgmv_expand` and `bgmv_expand_slice` of `lora_ops`, that they take the inputs first and
+  the slots' indices as the fourth, and that `punica_cpu` looks them up in itself, as `lora_ops` does.
 * wire.py, the data path: `EngineCoreRequest`, `EngineCoreOutputs`, `MsgpackEncoder`, `MsgpackDecoder`, and the bytes
   of the handshake.
 * frontend.py, AsyncLLM over our client: `EngineCoreClient.make_async_mp_client`, `AsyncMPClient`,

@@ -16,6 +16,7 @@ from typing import Any
 from dplaunch.backend import RankBoot
 from dplaunch.channel import COMPILING, RankChannel
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
+from dplaunch.seam import lora
 from dplaunch.seam.weights import RankWeights
 
 REPORT = "dplaunch_report"
@@ -145,6 +146,8 @@ def _reporting(base: type[Any], boot: RankBoot, channel: RankChannel) -> type[An
             # The constructor ends with VllmConfig.__post_init__, which draws a new instance_id.
             _name(vllm_config, boot)
             _tell_compiling(channel)
+            if lora.needs_care(vllm_config):
+                self.collective_rpc(lora.tell_apart)
 
         def dplaunch_report(self) -> dict[str, Any]:
             """What this rank is, as seen from inside."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,8 @@ SHOWN_NAMES = 3
 """Names that an error lists; a model has hundreds."""
 
 SEES = "dplaunch_sees"
+LANDMARK = "dplaunch_landmark"
+TAKE = "dplaunch_take_bucket"
 BEGIN = "dplaunch_begin_weights"
 LOAD = "dplaunch_load_bucket"
 END = "dplaunch_end_weights"
@@ -48,9 +49,20 @@ class RankWeights:
 
     _digests = False
 
+    _kept: bucket.Depot | None = None
+
+    def _depot(self) -> bucket.Depot:
+        if self._kept is None:
+            self._kept = bucket.Depot()
+        return self._kept
+
     def dplaunch_sees(self, path: str, secret: str) -> bool:
-        """Whether this rank is on the launcher's host, so that it can map the launcher's buckets."""
+        """Whether this rank is on the host where that landmark is, so that it can map the buckets that are there."""
         return bucket.sees(path, secret)
+
+    def dplaunch_landmark(self) -> tuple[str, str]:
+        """What another rank sees if it is on this rank's host: a path, and a secret."""
+        return self._depot().landmark()
 
     def dplaunch_begin_weights(self, verify: bool = True) -> None:
         """New weights follow, in buckets; `verify` says whether a checksum of them will be asked for."""
@@ -58,25 +70,24 @@ class RankWeights:
         self._digests = verify and self._packs_out_of_sight()
         self._on_workers(begin)
 
-    def dplaunch_load_bucket(self, path: str, entries: Sequence[Any], data: bytes | None = None) -> None:
+    def dplaunch_take_bucket(self, data: bytes) -> str:
+        """Keeps a bucket, on another host than the launcher's, for the ranks that are there; the path to map."""
+        return self._depot().take(data)
+
+    def dplaunch_load_bucket(self, path: str, entries: Sequence[Any]) -> None:
         """Loads one bucket.
 
         Args:
-            path: where it is mapped from, on the launcher's host.
+            path: where it is mapped from: the memory of the launcher, or of a rank that took it.
             entries: what is in it.
-            data: all of it, where the rank is on another host.
         """
-        fd, here = (-1, path) if data is None else bucket.keep_here(data)
-        try:
-            self._on_workers(load, here, entries)
-            if self._digests:
-                self._loaded = bucket.digest(self._loaded, here, entries)
-        finally:
-            if fd >= 0:
-                os.close(fd)
+        self._on_workers(load, path, entries)
+        if self._digests:
+            self._loaded = bucket.digest(self._loaded, path, entries)
 
     def dplaunch_end_weights(self) -> None:
-        """All buckets were loaded."""
+        """All buckets were loaded, by this rank and by those that map them here."""
+        self._depot().clear()
         self._on_workers(end)
 
     def dplaunch_reload_weights(self, path: str | None) -> None:

@@ -14,7 +14,7 @@ class When(enum.StrEnum):
     BEFORE_READY = "before READY"  # while it loads
     AFTER_READY = "after READY"  # at once when it is ready
     REQUEST = "at a request"  # while it serves
-    WEIGHTS = "at weights"  # when it is to load a bucket; `error` then fails the call alone
+    WEIGHTS = "at weights"  # when it is given a bucket; `error` then fails the call alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +75,9 @@ class StandInPlan:
         report_finished: whether answers name the requests that they end. vLLM does so only where a
             coordinator balances the ranks; without one, a client goes by each output's finish reason.
         copies_weights: whether the engines copy what they are given, as a loader would, in place of a checksum over it.
+        load_s: seconds that the engines take to load a bucket or a checkpoint.
         can_sleep: whether the engines were started so that they can be put to sleep.
-        on_this_host: whether the engines can map the launcher's memory; else they pretend to be on another host.
+        hosts: the number of the host that each rank pretends to be on, and 0 for the others; 0 is the launcher's.
     """
 
     faults: Mapping[tuple[int, int], Fault] = field(default_factory=dict)
@@ -87,8 +88,9 @@ class StandInPlan:
     dtype: str = "float32"
     report_finished: bool = False
     copies_weights: bool = False
+    load_s: float = 0.0
     can_sleep: bool = True
-    on_this_host: bool = True
+    hosts: Mapping[int, int] = field(default_factory=dict)
 
     def fault_of(self, rank: int, incarnation: int) -> Fault:
         """What goes wrong in this incarnation of this rank."""
@@ -97,3 +99,4 @@ class StandInPlan:
     def __post_init__(self) -> None:
         # A copy, so that it does not change with the caller's; a plain dict, since it travels by pickle.
         object.__setattr__(self, "faults", dict(self.faults))
+        object.__setattr__(self, "hosts", dict(self.hosts))

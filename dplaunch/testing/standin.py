@@ -31,6 +31,9 @@ __all__ = ["LATE_TOKEN", "StandInPlan", "expected_tokens", "run"]
 LATE_TOKEN = 1
 """The token of an answer that comes after the end was asked for; a reserved one, which is never expected."""
 
+BUCKETS = ("dplaunch_take_bucket", "dplaunch_load_bucket")
+"""The calls that `When.WEIGHTS` strikes at."""
+
 
 def run(boot: RankBoot, channel: RankChannel) -> None:
     """Runs the engine until SIGTERM; `boot.payload` is a pickled `StandInPlan`."""
@@ -113,7 +116,7 @@ class Server:
                 self._abort(msgspec.msgpack.decode(data))
             elif kind == wire.UTILITY:
                 client, call_id, method, arguments = msgspec.msgpack.decode(data)
-                if method == "dplaunch_load_bucket" and self._faults.fault.when is When.WEIGHTS:
+                if method in BUCKETS and self._faults.fault.when is When.WEIGHTS:
                     self._spoil(self._faults.fault.error)
                 answer = call(self._utilities, call_id, method, arguments)
                 self._sockets.outputs[client].send(wire.encode_outputs(utility=answer))

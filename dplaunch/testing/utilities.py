@@ -44,6 +44,7 @@ class Utilities:
         self._loras: set[int] = set()
         self._weight_version = "default"
         self.weights = StandInWeights(plan.copies_weights)
+        self._depot = bucket.Depot()
         self._asleep: set[str] = set()
         self._paused = False
 
@@ -147,19 +148,38 @@ class Utilities:
         return lora_id in self._loras
 
     def dplaunch_sees(self, path: str, secret: str) -> bool:
-        return self._plan.on_this_host and bucket.sees(path, secret)
+        host, _, secret = secret.rpartition("@")
+        return int(host or 0) == self._pretended_host and bucket.sees(path, secret)
+
+    def dplaunch_landmark(self) -> tuple[str, str]:
+        path, secret = self._depot.landmark()
+        return path, f"{self._pretended_host}@{secret}"
+
+    @property
+    def _pretended_host(self) -> int:
+        return self._plan.hosts.get(self._boot.rank, 0)
+
+    def taken_buckets(self) -> int:
+        """How many came over the network."""
+        return self._depot.taken
 
     def dplaunch_begin_weights(self, verify: bool = True) -> None:
         self.weights.begin()
 
-    def dplaunch_load_bucket(self, path: str, entries: list[Any], data: bytes | None = None) -> None:
-        self.weights.load(path, entries, data)
+    def dplaunch_take_bucket(self, data: bytes) -> str:
+        return self._depot.take(data)
+
+    def dplaunch_load_bucket(self, path: str, entries: list[Any]) -> None:
+        self._host.sleep(self._plan.load_s)
+        self.weights.load(path, entries)
 
     def dplaunch_end_weights(self) -> None:
+        self._depot.clear()
         self.weights.end()
         self._loras.clear()  # As vLLM, which unloads them with the model that they belong to.
 
     def dplaunch_reload_weights(self, path: str | None) -> None:
+        self._host.sleep(self._plan.load_s)
         self.weights.reload(path)
         self._loras.clear()
 

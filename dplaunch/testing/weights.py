@@ -43,12 +43,12 @@ class StandInWeights:
         """Buckets follow."""
         self._digests = {}
 
-    def load(self, path: str, entries: Sequence[Any], data: bytes | None) -> None:
-        """Takes a bucket, mapped or sent."""
+    def load(self, path: str, entries: Sequence[Any]) -> None:
+        """Takes a bucket, which it maps."""
         if self.spoiled:
             spoiled, self.spoiled = self.spoiled, ""
             raise RuntimeError(spoiled)
-        content = data if data is not None else bucket.mapped(path)
+        content = bucket.mapped(path)
         for name, _, _, start, nbytes in entries:
             if self._copies:
                 memory = self._memory.setdefault(name, bytearray(nbytes))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from dplaunch.bucket import digest_of_files
 from dplaunch.errors import RequestError, StandstillError, UsageError, WeightsError
 from dplaunch.group import AsyncGroup
+from dplaunch.spec import RestartPolicy
 from dplaunch.testing import Fault, StandInPlan, When, expected_tokens, poll_until_async
 from dplaunch.testing.weights import checksum_of
 from tests.contract.conftest import Launch
@@ -94,10 +96,28 @@ async def test_all_ranks_get_new_weights_from_each_kind_of_source(launch: Launch
     assert all(report == "4" for report in await group.call("get_weight_version"))
 
 
-async def test_ranks_that_cannot_map_the_launchers_memory_get_weights_over_their_socket(launch: Launch) -> None:
-    group = (await launch(StandInPlan(on_this_host=False))).group
-    await group.update_weights(tensors(1))
-    await answers_with(group, checksum_of(tensors(1).items()))
+@pytest.mark.usefixtures("small_buckets")
+async def test_ranks_on_other_hosts_get_each_bucket_once_per_host(launch: Launch) -> None:
+    hosts = {1: 1, 2: 2, 3: 1, 4: 2}  # rank 0 is where the launcher is
+    group = (await launch(StandInPlan(hosts=hosts), dp=5)).group
+    for seed in (1, 2):
+        await group.update_weights(tensors(seed))
+        await answers_with(group, checksum_of(tensors(seed).items()))
+    taken = await group.call("taken_buckets")
+    assert taken[1] == taken[2] > 2
+    assert [taken[rank] for rank in (0, 3, 4)] == [0, 0, 0]
+
+
+async def test_when_the_rank_that_takes_buckets_for_its_host_dies_the_others_have_the_weights(launch: Launch) -> None:
+    dies = {(0, 0): Fault(when=When.WEIGHTS, returncode=-signal.SIGKILL)}
+    watched = await launch(StandInPlan(hosts=dict.fromkeys(range(3), 1), faults=dies), dp=3)
+    group, weights = watched.group, tensors(1)
+    done = await group.update_weights(weights)
+    assert done.ranks == (1, 2)
+    assert "died" in done.behind[0]
+    await until(watched, 0, "ready")
+    await poll_until_async(lambda: group.client.ranks == [0, 1, 2])
+    await answers_with(group, checksum_of(weights.items()))
 
 
 @pytest.mark.usefixtures("small_buckets")
@@ -111,6 +131,56 @@ async def test_a_rank_that_is_killed_between_updates_comes_back_with_the_new_wei
     await until(watched, 1, "ready")
     assert await group.weight_checksums() == {0: wanted, 1: wanted}
     await answers_with(group, wanted)
+
+
+@pytest.mark.parametrize("kind", ["memory", "checkpoint"])
+async def test_eight_ranks_that_are_killed_together_get_the_weights_in_the_time_of_one(
+    launch: Launch, tmp_path: Path, kind: str
+) -> None:
+    load_s = 0.4
+    watched = await launch(StandInPlan(load_s=load_s), dp=8, restart=RestartPolicy(backoff_s=0.05, limit=4))
+    group, weights, readings = watched.group, tensors(1), 0
+
+    def read() -> Mapping[str, Any]:
+        nonlocal readings
+        readings += 1
+        return weights
+
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    await group.update_weights(tmp_path if kind == "checkpoint" else read)
+    wanted = digest_of_files(str(tmp_path)) if kind == "checkpoint" else checksum_of(weights.items())
+    assert group.weights is not None
+    arrivals = group._arrivals
+    assert arrivals is not None
+    async with group.weights.lock:
+        for rank in range(8):
+            kill(watched, rank)
+        await poll_until_async(lambda: arrivals.waiting == 8, BACK_S, "eight ranks that wait for weights")
+        began = time.monotonic()
+    await poll_until_async(lambda: group.client.ranks == list(range(8)), BACK_S, "eight ranks")
+    assert time.monotonic() - began < 8 * load_s
+    assert readings == (0 if kind == "checkpoint" else 2)
+    assert await group.weight_checksums() == dict.fromkeys(range(8), wanted)
+
+
+async def test_a_rank_that_dies_while_several_get_the_weights_does_not_hold_up_the_others(launch: Launch) -> None:
+    dies = Fault(when=When.WEIGHTS, returncode=-signal.SIGKILL)
+    fails = Fault(when=When.WEIGHTS, error="out of memory")
+    watched = await launch(StandInPlan(faults={(0, 1): dies, (1, 1): fails}), dp=3)
+    group, weights = watched.group, tensors(1)
+    await group.update_weights(weights)
+    assert group.weights is not None
+    arrivals = group._arrivals
+    assert arrivals is not None
+    async with group.weights.lock:
+        for rank in range(3):
+            kill(watched, rank)
+        await poll_until_async(lambda: arrivals.waiting == 3, BACK_S, "three ranks that wait for weights")
+    await until(watched, 2, "ready", 1)
+    for rank in (0, 1):
+        await until(watched, rank, "ready", 2)
+    await poll_until_async(lambda: group.client.ranks == [0, 1, 2])
+    await answers_with(group, checksum_of(weights.items()))
 
 
 async def test_weights_that_cannot_be_had_again_leave_a_rank_stale_until_the_next_update(launch: Launch) -> None:

@@ -13,6 +13,7 @@ from dplaunch.events import Event
 from dplaunch.spec import ClusterOptions, LaunchSpec, ProbePolicy
 from dplaunch.sync import Group
 from dplaunch.testing import Fault, StandInPlan, When, expected_tokens
+from dplaunch.testing.weights import checksum_of
 from tests.contract.groups import group_spec
 from tests.multinode.dialogue import answer
 
@@ -78,6 +79,16 @@ class Driver:
         prompt: Any = [{"role": "user", "content": text}]
         outputs = [self.group.generate([prompt], params, data_parallel_rank=rank)[0] for rank in self.group.ranks_up]
         return [output.outputs[0].text for output in outputs]
+
+    def update_weights(self, seed: int) -> dict[str, Any]:
+        """New weights for all ranks: the ranks that took a bucket from the network, and whether all have the same."""
+        import torch
+
+        tensors = {f"layers.{number}": torch.full((5, 7), float(seed + number)) for number in range(4)}
+        done = self.group.update_weights(tensors)
+        taken = [each for rank in done.ranks for each in self.group.call("taken_buckets", rank=rank)]
+        sums = set(self.group.weight_checksums().values())
+        return {"ranks": done.ranks, "taken": taken, "same": sums == {checksum_of(tensors.items())}}
 
     def begin_load(self, tokens: int) -> None:
         """Keeps all ranks busy until `end_load`."""
@@ -149,7 +160,8 @@ def _typed(options: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     driver = Driver()
-    names = ("launch", "launch_real", "ranks", "answers", "chat", "begin_load", "load", "end_load", "events", "close")
+    calls = ("launch", "launch_real", "ranks", "answers", "chat", "update_weights", "events", "close")
+    names = (*calls, "begin_load", "load", "end_load")
     try:
         answer({name: getattr(driver, name) for name in names})
     finally:

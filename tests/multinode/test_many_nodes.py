@@ -228,6 +228,12 @@ def test_four_ranks_share_two_nodes(cluster2: Cluster, driver2: Dialogue) -> Non
         assert sorted(rank["node"] for rank in ranks) == sorted([cluster2.name(0), cluster2.name(1)] * 2)
         assert [rank["instance_id"] for rank in ranks] == [f"{BASE_ID}_dp{number}" for number in range(4)]
         assert driver2.ask("answers", count=50, tokens=10) == {SAME: 50}
+        # Each node that is a machine of its own gets new weights once, whatever ranks it has.
+        done = driver2.ask("update_weights", seed=3)
+        assert (done["ranks"], done["same"]) == ([0, 1, 2, 3], True)
+        assert sum(done["taken"]) == (1 if isinstance(cluster2, RayCluster) else 0)
+        (far,) = {rank["rank"] for rank in ranks if done["taken"][rank["rank"]]} or {None}
+        assert far is None or ranks[far]["node"] == cluster2.name(1)
     finally:
         driver2.ask("close")
 

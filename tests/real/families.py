@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
+import dplaunch
 from dplaunch import runtime_dir
 from dplaunch.testing import poll_until
 
 ORPHANS_S = 5.0
 """Seconds within which all is gone after the launcher was killed."""
+
+BACK_S = 180.0
+"""Seconds within which a rank is back: as the tests' START_S, two cores and other work beside it."""
 
 RANK_TITLE = "dplaunch::"
 ZYGOTE_TITLE = "dplaunch::zygote"
@@ -55,6 +61,14 @@ def wait_gone(processes: Iterable[psutil.Process], timeout_s: float = ORPHANS_S)
     except TimeoutError:
         left = [f"{process.pid} {_title(process)}" for process in everyone if not is_gone(process)]
         raise TimeoutError(f"still there after {timeout_s:g} s: {left}") from None
+
+
+def kill_and_await(group: dplaunch.Group, rank: int) -> None:
+    """SIGKILL for a rank's process, and its return."""
+    (report,) = group.call("dplaunch_report", rank=rank)
+    os.kill(report["pid"], signal.SIGKILL)
+    poll_until(lambda: rank not in group.ranks_up, BACK_S, "the rank to be gone")
+    poll_until(lambda: rank in group.ranks_up, BACK_S, "the rank to be back")
 
 
 def socket_dirs(pid: int) -> set[Path]:

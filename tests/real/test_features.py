@@ -15,7 +15,7 @@ import pytest
 import dplaunch
 from dplaunch import demo_convert
 from tests.real.conftest import ENGINE_ARGS, run_command
-from tests.real.families import wait_gone
+from tests.real.families import kill_and_await, wait_gone
 
 ARGS: dict[str, Any] = {**ENGINE_ARGS, "max_model_len": 256, "kv_cache_memory_bytes": 32 * 2**20}
 
@@ -44,15 +44,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter of rank 8 for the tiny model that turns its answers over."""
+    return write_adapter(tmp_path_factory.mktemp("adapter"), tiny, seed=1)
+
+
+@pytest.fixture(scope="module")
+def other_adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that turns them over in another way."""
+    return write_adapter(tmp_path_factory.mktemp("other"), tiny, seed=2)
+
+
+def write_adapter(directory: Path, model: Path, *, seed: int) -> Path:
     import numpy
     import safetensors.numpy
 
-    directory = tmp_path_factory.mktemp("adapter")
     targets = ("q_proj", "o_proj")
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(tiny),
+        "base_model_name_or_path": str(model),
         "r": 8,
         "lora_alpha": 16,
         "lora_dropout": 0.0,
@@ -60,9 +69,9 @@ def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "target_modules": targets,
     }
     (directory / "adapter_config.json").write_text(json.dumps(settings))
-    config = json.loads((tiny / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text())
     hidden = config["hidden_size"]
-    random = numpy.random.default_rng(1)
+    random = numpy.random.default_rng(seed)
     weights = {}
     for layer in range(config["num_hidden_layers"]):
         for name in targets:
@@ -73,23 +82,54 @@ def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_an_adapter_answers_on_both_ranks_and_is_loaded_by_all(tiny: Path, adapter: Path) -> None:
-    from vllm.lora.request import LoRARequest
-
-    lora = LoRARequest("tiny-adapter", 1, str(adapter))
-    with dplaunch.launch(model=str(tiny), dp=2, enable_lora=True, max_lora_rank=8, **ARGS) as group:
-        plain = [tokens(group.generate("Hello", greedy(), data_parallel_rank=rank)[0]) for rank in (0, 1)]
-        changed = [
-            tokens(group.generate("Hello", greedy(), data_parallel_rank=rank, lora_request=lora)[0]) for rank in (0, 1)
+def of_each(group: dplaunch.Group, *loras: Any) -> list[list[list[int]]]:
+    """What each rank answers to the same prompt with each adapter (None: without), all in one batch."""
+    return [
+        [
+            tokens(output)
+            for output in group.generate(
+                ["Hello"] * len(loras), greedy(), data_parallel_rank=rank, lora_request=list(loras), progress=False
+            )
         ]
-        assert plain[0] == plain[1]
-        assert changed[0] == changed[1] != plain[0]
-        mixed = group.generate(["Hello"] * 4, greedy(), lora_request=[lora, None, lora, None])
-        assert [tokens(output) for output in mixed] == [changed[0], plain[0]] * 2
-        second = LoRARequest("the-same-again", 2, str(adapter))
-        assert group.call("add_lora", second) == [True, True]
-        assert [set(loras) >= {2} for loras in group.call("list_loras")] == [True, True]
-        assert group.call("remove_lora", 2) == [True, True]
+        for rank in (0, 1)
+    ]
+
+
+def test_adapters_answer_on_both_ranks_through_new_weights_a_death_a_swap_and_a_removal(
+    tiny: Path, adapter: Path, other_adapter: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with dplaunch.launch(model=str(tiny), dp=2, enable_lora=True, max_lora_rank=8, **ARGS) as group:
+        plain, plain_1 = (answers[0] for answers in of_each(group, None))
+        style = group.load_lora("style", adapter)
+        styled, styled_1 = (answers[0] for answers in of_each(group, style))
+        assert plain == plain_1 != styled == styled_1
+
+        # In one batch, in the one slot that there is by default.
+        mixed = [styled, plain, styled, plain]
+        assert of_each(group, style, None, style, None) == [mixed, mixed]
+
+        # One that the group knows outlives new weights of the model, which vLLM's workers forget adapters with.
+        for source in (tiny, AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")):
+            group.update_weights(source)
+            assert of_each(group, style, None) == [[styled, plain]] * 2
+
+        # A rank that comes back has it.
+        kill_and_await(group, 1)
+        assert [set(loras) for loras in group.call("list_loras")] == [{style.lora_int_id}] * 2
+        assert of_each(group, None, style) == [[plain, styled]] * 2
+
+        # Another under the same name, which takes the other's place.
+        swapped = group.load_lora("style", other_adapter)
+        ((other, also_plain), second_rank) = of_each(group, swapped, None)
+        assert also_plain == plain
+        assert other not in (plain, styled)
+        assert second_rank == [other, plain]
+        group.unload_lora("style")
+        assert group.loras == {}
+        assert [set(loras) for loras in group.call("list_loras")] == [set(), set()]
+        assert of_each(group, None, None) == [[plain, plain]] * 2
 
 
 # Pooling.

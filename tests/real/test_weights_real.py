@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from dplaunch.testing import poll_until
 from tests.conftest import shared_pids
 from tests.leaks import Snapshot, left_of_a_shared_group
 from tests.real.conftest import ENGINE_ARGS, START_S
+from tests.real.families import kill_and_await
 
 pytestmark = pytest.mark.leaves(
     "the ranks of its group are replaced; what is left of the group is looked for at its end"
@@ -78,14 +77,6 @@ def of_ranks(group: dplaunch.Group) -> list[list[list[int]]]:
     ]
 
 
-def kill(group: dplaunch.Group, rank: int) -> None:
-    """SIGKILL, and its return."""
-    (report,) = group.call("dplaunch_report", rank=rank)
-    os.kill(report["pid"], signal.SIGKILL)
-    poll_until(lambda: rank not in group.ranks_up, START_S, "the rank to be gone")
-    poll_until(lambda: rank in group.ranks_up, START_S, "the rank to be back")
-
-
 def test_every_kind_of_source_gives_the_answers_of_a_stock_model_with_those_weights(
     own_group: dplaunch.Group, tuned: Any, smollm: str, tmp_path: Path
 ) -> None:
@@ -107,7 +98,7 @@ def test_every_kind_of_source_gives_the_answers_of_a_stock_model_with_those_weig
         assert sums[0] == sums[1] == done.checksum
 
     # A rank that dies between updates comes back with what the others have.
-    kill(group, 1)
+    kill_and_await(group, 1)
     assert group.weight_checksums() == sums
     assert of_ranks(group) == [wanted, wanted]
 
@@ -123,7 +114,7 @@ def test_a_module_is_given_to_a_rank_that_comes_back_and_a_sleep_changes_nothing
     shift(tuned, 9)
     group.update_weights(tuned)
     wanted = of_transformers(tuned, smollm)
-    kill(group, 0)
+    kill_and_await(group, 0)
     assert of_ranks(group) == [wanted, wanted]
     group.sleep(2)
     assert group.call("is_sleeping") == [True, True]

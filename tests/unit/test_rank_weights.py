@@ -41,19 +41,22 @@ def made() -> Iterator[bucket.Bucket]:
     made.free()
 
 
-def put(engine: Engine, made: bucket.Bucket, *, data: bytes | None = None, verify: bool = True) -> str:
+def put(engine: Engine, made: bucket.Bucket, *, path: str = "", verify: bool = True) -> str:
     """Loads a bucket as the launcher has it done; the checksum."""
     engine.dplaunch_begin_weights(verify)
-    engine.dplaunch_load_bucket("" if data else made.path, made.entries, data)
+    engine.dplaunch_load_bucket(path or made.path, made.entries)
     engine.dplaunch_end_weights()
     return engine.dplaunch_weight_checksum()
 
 
 def test_a_bucket_is_loaded_alike_from_shared_memory_and_from_the_network(made: bucket.Bucket) -> None:
-    near, far = Engine("cpu", 0), Engine("cpu", 1)
-    assert put(near, made) == put(far, made, data=made.read())
-    assert near.steps == far.steps == ["begin", "load", "end"]
-    for engine in (near, far):
+    near, far, beside = (Engine("cpu", rank) for rank in range(3))
+    assert beside.dplaunch_sees(*far.dplaunch_landmark())
+    path = far.dplaunch_take_bucket(made.read())
+    assert put(near, made) == put(beside, made, path=path) == put(far, made, path=path)
+    assert not Path(path).exists()
+    for engine in (near, far, beside):
+        assert engine.steps == ["begin", "load", "end"]
         (loaded,) = engine.loaded
         assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS)
 

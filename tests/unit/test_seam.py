@@ -81,6 +81,16 @@ SIGNATURES: Mapping[str, str] = {
     "vllm.lora.request:LoRARequest": (
         "lora_name, lora_int_id, lora_path=, base_model_name=, load_inplace=, is_3d_lora_weight="
     ),
+    # lora.py
+    "vllm.lora.punica_wrapper.punica_cpu:bgmv_expand": (
+        "inputs, lora_b_weights, output_tensor, lora_indices_tensor, add_inputs="
+    ),
+    "vllm.lora.ops.torch_ops.lora_ops:bgmv_expand": (
+        "inputs, lora_b_weights, output_tensor, lora_indices_tensor, add_inputs="
+    ),
+    "vllm.lora.ops.torch_ops.lora_ops:bgmv_expand_slice": (
+        "inputs, lora_b_weights, output_tensor, lora_indices_tensor, slice_offset, slice_size, add_inputs="
+    ),
     # wire.py
     "vllm.v1.serial_utils:MsgpackEncoder": "size_threshold=, oob_tensor_consumer=",
     "vllm.v1.serial_utils:MsgpackEncoder.encode": "self, obj",

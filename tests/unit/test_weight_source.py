@@ -155,9 +155,16 @@ def test_only_a_process_of_this_host_sees_the_landmark() -> None:
 
 
 def test_what_comes_over_the_network_is_loaded_from_memory_of_its_own() -> None:
-    made = bucket.fill(list(weights().items()))
-    fd, path = bucket.keep_here(made.read())
+    made, depot = bucket.fill(list(weights().items())), bucket.Depot()
+    path = depot.take(made.read())
     assert equal(dict(bucket.tensors_in(path, made.entries)), dict(bucket.tensors_in(made.path, made.entries)))
     assert bucket.digest("", path, made.entries) == bucket.digest("", made.path, made.entries)
     made.free()
-    os.close(fd)
+    assert bucket.sees(*depot.landmark())
+    # One at a time, and none at the end.
+    fds = len(os.listdir("/proc/self/fd"))
+    depot.take(b"next")
+    assert len(os.listdir("/proc/self/fd")) == fds
+    depot.clear()
+    depot.clear()
+    assert len(os.listdir("/proc/self/fd")) == fds - 2
