@@ -25,7 +25,7 @@ HARNESS_ARGS = frozenset(
 )
 """What the harness's model does with its arguments by itself: all that can be said beside a group that runs."""
 
-_Harness = vllm_model()
+_Harness: Any = vllm_model()
 
 
 class DplaunchLM(_Harness):  # type: ignore[misc]

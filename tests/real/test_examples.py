@@ -27,7 +27,7 @@ def loop(*flags):
 found = {{
     "plain": loop(),
     "killed": loop("--kill-a-rank"),
-    "trainer": trainer_callback.run(trainer_callback.parse(["--steps", "{STEPS}", "--every", "60", "--problems", "64"])),
+    "trainer": trainer_callback.run(trainer_callback.parse("--steps {STEPS} --every 60 --problems 64".split())),
 }}
 with open(sys.argv[1], "w") as file:
     json.dump(found, file)

@@ -67,7 +67,7 @@ def make_trainer(directory: Path, steps: int, logging_steps: int = 1) -> Any:
 def callback(trainer: Any, group: Any, **options: Any) -> Any:
     from dplaunch.integrations.transformers import EvalCallback
 
-    def evaluate(group: NotedGroup) -> dict[str, float]:
+    def evaluate(group: Any) -> dict[str, float]:
         group.calls.append("evaluate")
         return {"score": group.seen[-1]}
 
