@@ -129,7 +129,7 @@ class Trainer:
         self._optimizer.step()
         self._warmup.step()
         self._optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 def make_tokenizer() -> Any:

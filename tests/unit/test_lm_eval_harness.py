@@ -70,3 +70,14 @@ def test_without_the_harness_the_line_that_installs_it_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'dplaunch[lm-eval]'" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--model", "dplaunch", "--tasks", "a,b"], ["ls", "tasks"]])
+def test_the_command_hands_everything_to_the_harness(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dplaunch import cli
+    from dplaunch.integrations import lm_eval
+
+    given: list[str] = []
+    monkeypatch.setattr(lm_eval, "main", given.extend)
+    assert cli.main(["lm-eval", *words]) == 0
+    assert given == words
