@@ -7,10 +7,11 @@ asks one object for answers: what its constructor makes as `LLM(**model_args)`. 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -34,9 +35,20 @@ def vllm_model() -> Any:
     frontend.import_vllm(quiet=True)
     import lm_eval.models.utils  # noqa: F401
 
-    with _importing, mock.patch.object(importlib.metadata, "version", version):
+    with _importing, _with_a_version_of_vllm():
         from lm_eval.models.vllm_causallms import VLLM
     return VLLM
+
+
+@contextlib.contextmanager
+def _with_a_version_of_vllm() -> Iterator[None]:
+    try:
+        _version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        with mock.patch.object(importlib.metadata, "version", version):
+            yield
+    else:
+        yield
 
 
 def version(name: str) -> str:

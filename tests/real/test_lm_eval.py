@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,55 @@ def test_a_group_that_runs_answers_as_transformers_does_and_stays(
     assert answers(evaluate(DplaunchLM(group=group, resume=str(resume)), limit=SAMPLES)) == answers(found)
     assert {rank: counted.tokens for rank, counted in counters.items()} == after
     assert len(group.generate(["Still here?"])) == 1
+
+
+class Borrowed:
+    """A group that was launched, as far as whoever launched it can see."""
+
+    def __init__(self, group: dplaunch.Group) -> None:
+        self._borrowed = group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._borrowed, name)
+
+
+def test_a_model_that_is_named_launches_what_it_is_told_to_and_nobody_holds_it_after_the_run(
+    group: dplaunch.Group, smollm: str, of_transformers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dplaunch.integrations.lm_eval
+
+    launched: list[dict[str, Any]] = []
+    alive: list[weakref.ref[Borrowed]] = []
+
+    def launch(**options: Any) -> Any:
+        launched.append(options)
+        made = Borrowed(group)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(dplaunch, "launch", launch)
+    dplaunch.integrations.lm_eval.register()
+    options = {"dp": 2, "backend": "ray", "devices": "0;1", "dtype": "float32", "min_ranks": 2, "enforce_eager": True}
+    found = evaluate("dplaunch", {"pretrained": smollm, "batch_size": 1, **options}, limit=SAMPLES)
+    assert_same(found, of_transformers)
+    (told,) = launched  # Once, for three tasks.
+    assert told["model"] == smollm
+    assert {name: told[name] for name in options} == {**options, "devices": (("0",), ("1",))}
+    assert None not in told.values()
+    # A group that nobody holds is closed.
+    assert [ref() for ref in alive] == [None]
+
+
+def test_what_cannot_be_said_beside_a_group_is_refused(group: dplaunch.Group) -> None:
+    from dplaunch.integrations.lm_eval import DplaunchLM
+
+    no_group: Any = "mine"
+    with pytest.raises(dplaunch.UsageError, match="dtype, max_num_seqs cannot be changed in a group that runs"):
+        DplaunchLM(group=group, max_num_seqs=3, dtype="float32", batch_size=4)
+    with pytest.raises(dplaunch.UsageError, match="data_parallel_size is dplaunch's work"):
+        DplaunchLM(data_parallel_size=2)
+    with pytest.raises(dplaunch.UsageError, match=r"group is a str, not a dplaunch\.Group"):
+        DplaunchLM(group=no_group)
 
 
 def test_a_rank_that_is_killed_amid_an_evaluation_changes_no_answer(
