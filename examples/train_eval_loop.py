@@ -170,9 +170,7 @@ def evaluate(group: dplaunch.Group, problems: Sequence[str], victim: int | None 
     for index, output in group.generate_iter(list(problems), params, progress=False):
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
-            print(
-                f"      rank {victim} (process {pid}) was killed with {len(problems) - 1} answers to come", flush=True
-            )
+            print(f"      rank {victim} was killed with {len(problems) - 1} answers to come", flush=True)
             pid = None
         right += output.outputs[0].text == answer(problems[index])
     return right / len(problems)
