@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --reruns 1
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale bench-batch bench-weights clean
+.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale bench-batch bench-weights compare-lm-eval clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
@@ -67,6 +67,9 @@ bench-scale: env ## 1 to 256 ranks on this machine, with stand-in engines (ARGS=
 
 bench-batch: env ## a batch of skewed answer lengths: our dispatch over equal chunks (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.bench_batch $(ARGS)
+
+compare-lm-eval: env ## lm-evaluation-harness over hf, stock vLLM and groups of ranks: the same scores (ARGS='--only hf')
+	@$(BIN)/python -m benchmarks.compare_lm_eval $(ARGS)
 
 bench-weights: env ## new weights in 1 to 8 ranks, from memory and from disk (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.bench_weights $(ARGS)

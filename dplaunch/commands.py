@@ -35,7 +35,7 @@ _drain_change = _drain("30 s")
 
 def register(cli: click.Group) -> None:
     """Adds the commands to the root."""
-    for command in (status, logs, stop, scale, restart):
+    for command in (status, logs, stop, scale, restart, lm_eval):
         cli.add_command(command)
 
 
@@ -102,6 +102,15 @@ def restart(name: str | None, ranks: tuple[int, ...], every: bool, rolling: bool
         raise UsageError("which ranks?", hint="Use --rank R (may be repeated) or --all.")
     result = _do(name, "restart", {"ranks": None if every else list(ranks), "rolling": rolling, "drain": drain})
     click.echo(f"{result['ready']} of {result['dp']} ranks ready")
+
+
+@click.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(arguments: tuple[str, ...]) -> None:
+    """Run lm-evaluation-harness's own command, with `--model dplaunch`."""
+    from dplaunch.integrations.lm_eval import main
+
+    main(arguments)
 
 
 def _statuses(name: str | None) -> list[dict[str, Any]]:
