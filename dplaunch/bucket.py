@@ -24,6 +24,9 @@ ALIGNMENT = 64
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".gguf")
 """How the names of files end that hold weights."""
 
+MEMORY_NAME = "dplaunch-weights"
+"""What the kernel shows a bucket's memory as."""
+
 Entry = tuple[str, str, tuple[int, ...], int, int]
 """One tensor: name, dtype ("bfloat16"), shape, and its first byte and bytes in the bucket."""
 
@@ -57,7 +60,7 @@ class Bucket:
 
 def new_memory(name: str) -> tuple[int, str]:
     """A new memfd: its descriptor, and the path by which other processes of this host open it."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     return fd, f"/proc/{os.getpid()}/fd/{fd}"
 
 
@@ -73,7 +76,7 @@ def fill(tensors: Sequence[tuple[str, Any]], folder: Path | None = None, number:
 
     entries, size = _layout(tensors)
     if folder is None:
-        fd, path = new_memory("dplaunch-weights")
+        fd, path = new_memory(MEMORY_NAME)
     else:
         path = str(folder / f"{number}.bucket")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
