@@ -7,6 +7,7 @@ containers keep small. Ranks open it through the launcher's entry in /proc.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import mmap
 import os
 import secrets
@@ -64,17 +65,26 @@ def new_memory(name: str) -> tuple[int, str]:
     return fd, f"/proc/{os.getpid()}/fd/{fd}"
 
 
-def fill(tensors: Sequence[tuple[str, Any]], folder: Path | None = None, number: int = 0) -> Bucket:
+def fill(
+    tensors: Iterable[tuple[str, Any]],
+    folder: Path | None = None,
+    number: int = 0,
+    like: Sequence[tuple[str, Any]] | None = None,
+) -> Bucket:
     """Writes tensors into a new bucket.
 
     Args:
         tensors: by name; on any device.
         folder: where it becomes a file; None for memory.
         number: tells its file from others.
+        like: names, and tensors of the same types and shapes, where `tensors` can be gone through but once. Each is
+            written before the next is asked for, and none is asked for beyond these.
     """
     import torch
 
-    entries, size = _layout(tensors)
+    if like is None:
+        like = tensors = list(tensors)
+    entries, size = _layout(like)
     if folder is None:
         fd, path = new_memory(MEMORY_NAME)
     else:
@@ -85,7 +95,7 @@ def fill(tensors: Sequence[tuple[str, Any]], folder: Path | None = None, number:
         os.ftruncate(fd, max(1, size))
         if size:
             with mmap.mmap(fd, size) as memory:
-                _write(torch, memory, tensors, entries)
+                _write(torch, memory, itertools.islice(tensors, len(entries)), entries)
         if folder is not None:
             bucket.free()
     except BaseException:
@@ -105,13 +115,17 @@ def _layout(tensors: Sequence[tuple[str, Any]]) -> tuple[tuple[Entry, ...], int]
     return tuple(entries), size
 
 
-def _write(torch: Any, memory: mmap.mmap, tensors: Sequence[tuple[str, Any]], entries: Sequence[Entry]) -> None:
+def _write(torch: Any, memory: mmap.mmap, tensors: Iterable[tuple[str, Any]], entries: Sequence[Entry]) -> None:
     # In a function of its own: a mapping cannot be closed while a tensor still looks into it.
     target = torch.frombuffer(memory, dtype=torch.uint8)
-    for (_, tensor), (_, _, _, start, nbytes) in zip(tensors, entries, strict=True):
-        if nbytes:
-            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            target[start : start + nbytes].copy_(flat)
+    try:
+        for (_, tensor), (_, _, _, start, nbytes) in zip(tensors, entries, strict=True):
+            if nbytes:
+                flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+                target[start : start + nbytes].copy_(flat)
+    finally:
+        # Also when getting a tensor fails: the error holds on to this frame.
+        del target
 
 
 def mapped(path: str) -> mmap.mmap:

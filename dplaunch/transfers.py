@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dplaunch.bucket import Bucket
 from dplaunch.crew import Crew, named, words_of
 from dplaunch.errors import StandstillError, UsageError, WeightsError
 from dplaunch.events import Event, Kind, Level
@@ -69,7 +70,7 @@ class Transfers:
         """
         async with self._crew.one:
             if absent := self._crew.absent:
-                raise StandstillError(f"{_ranks(absent)} not up, and would be missing in the group", hint="Try again.")
+                raise StandstillError(f"{_names(absent)} would be missing: not up now", hint="Try again in a moment.")
             _check_size(info, len(self._crew.targets), workers)
             if self._members:
                 await self._of_workers("shutdown_weight_transfer_engine")
@@ -85,7 +86,7 @@ class Transfers:
 
     async def _of_workers(self, method: str, **arguments: Any) -> None:
         ranks = [keeper.rank for keeper in self._crew.targets]
-        call = (seam.OF_WORKERS, method, None, [], arguments)
+        call: tuple[Any, ...] = (seam.OF_WORKERS, method, None, [], arguments)
         deadline = time.monotonic() + self._timeout_s
         _, failed = await self._crew.weights.ask_all(ranks, *call, deadline=deadline)
         for rank, error in failed.items():
@@ -120,9 +121,8 @@ class Transfers:
         changed = sorted(rank for rank in {*present, *self._members} if present.get(rank) != self._members.get(rank))
         if changed:
             self._session = None
-            verb = "was" if len(changed) == 1 else "were"
             raise WeightsError(
-                f"{_ranks(changed)[:-4]} {verb} started or ended after the trainer met the group, and cannot be sent to",
+                f"the trainer has not met {_names(changed)}, which started or ended since",
                 hint=AGAIN,
             )
 
@@ -141,15 +141,23 @@ class Transfers:
             raise UsageError("no update of the weights is under way", hint="POST /start_weight_update first.")
         options = info if isinstance(info, Mapping) else {}
         if options.get(GIVE_UP):
-            return await self._give_up(session, str(options[GIVE_UP]))
+            await self._give_up(session, str(options[GIVE_UP]))
+            return
+        if session.task is not None and session.task.done():
+            self._over(session)
+            session.task.result()
         is_bucket = BUCKET in options
         if session.source is not None and is_bucket is not isinstance(session.source, Posted):
             raise UsageError("an update's parts are all buckets, or none is", hint="Finish this one first.")
         content = take(options[BUCKET]) if is_bucket else info
-        if session.source is None:
-            session = await self._first(session, options if is_bucket else None)
-        assert session.source is not None
-        await self._either(session, session.source.put(content))
+        try:
+            begun = session if session.source else await self._first(session, options if is_bucket else None)
+            if begun.source is not None:
+                await self._either(begun, begun.source.put(content))
+        except BaseException:
+            if isinstance(content, Bucket):
+                content.free()
+            raise
 
     async def _first(self, session: _Session, options: Mapping[str, Any] | None) -> _Session:
         if options is None:
@@ -162,8 +170,7 @@ class Transfers:
         update = self._updates.update(source, self._name, mode=mode, verify=verify, timeout_s=self._timeout_s)
         task = asyncio.ensure_future(update)
         task.add_done_callback(self._ended)
-        assert self._session is not None
-        session = self._session = replace(self._session, source=source, task=task)
+        session = self._session = replace(self._session or _Session(draft=False), source=source, task=task)
         if isinstance(source, Relayed):
             await self._either(session, source.begun.wait())
         return session
@@ -180,13 +187,12 @@ class Transfers:
 
     async def _either(self, session: _Session, step: Any) -> None:
         """Waits for a step, or for the update's end, which then has failed."""
-        assert session.task is not None
-        waiting = asyncio.ensure_future(step)
+        waiting, updating = asyncio.ensure_future(step), session.task
         try:
-            await asyncio.wait((waiting, session.task), return_when=asyncio.FIRST_COMPLETED)
-            if session.task.done() and not waiting.done():
+            await asyncio.wait((waiting, updating) if updating else (waiting,), return_when=asyncio.FIRST_COMPLETED)
+            if updating is not None and updating.done() and not waiting.done():
                 self._over(session)
-                session.task.result()
+                updating.result()
             waiting.result()
         finally:
             waiting.cancel()
@@ -240,12 +246,11 @@ def _check_size(info: Mapping[str, Any], ranks: int, workers: int) -> None:
     wanted = offset + ranks * workers
     if size != wanted:
         raise UsageError(
-            f"world_size is {size}, and has to be {wanted}: {ranks} ranks of {workers} workers behind rank_offset {offset}",
+            f"world_size is {size}, and has to be {wanted}: {ranks} ranks of {workers} workers, {offset} before them",
             hint="GET /get_world_size has the number of workers.",
         )
 
 
-def _ranks(numbers: Sequence[int]) -> str:
-    """ "rank 1 is", "ranks 1, 2 are"."""
-    names = ", ".join(map(str, numbers))
-    return f"rank {names} is" if len(numbers) == 1 else f"ranks {names} are"
+def _names(ranks: Sequence[int]) -> str:
+    """ "rank 1", "ranks 1, 2"."""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"

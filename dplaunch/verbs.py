@@ -88,8 +88,9 @@ class Verbs:
     async def sleep(self, level: int, mode: PauseMode) -> None:
         """See `AsyncGroup.sleep`; level 0 is vLLM's name for a pause."""
         if level == 0:
-            return await self.pause(mode)
-        return await self._standstill.sleep(level, mode, self._stand_s)
+            await self.pause(mode)
+        else:
+            await self._standstill.sleep(level, mode, self._stand_s)
 
     async def wake_up(self, tags: list[str] | None) -> bool:
         """Wakes the group; tells whether it serves.

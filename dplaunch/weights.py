@@ -165,7 +165,7 @@ class Weights:
 
         async def of_workers(method: str, **arguments: Any) -> None:
             left = [rank for rank in ranks if rank not in failed]
-            call = (seam.OF_WORKERS, method, None, [], arguments)
+            call: tuple[Any, ...] = (seam.OF_WORKERS, method, None, [], arguments)
             failed.update((await self.ask_all(left, *call, deadline=deadline))[1])
 
         failed: Failures = {}
