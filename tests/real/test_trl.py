@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dplaunch.seam import frontend
 from examples.grpo_trl import PROMPTS, small_model
 from tests.real.conftest import START_S, Server, run_command
 
@@ -19,6 +20,13 @@ pytest.importorskip("trl")
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "grpo_trl.py"
 TOKENS = 8
 STEPS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trl_is_imported() -> None:
+    """It imports vLLM, which sets variables that later tests look for."""
+    with frontend.preserved_environ():
+        import trl.generation.vllm_client  # noqa: F401
 
 
 @pytest.fixture(scope="module")
