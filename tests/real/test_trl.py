@@ -94,6 +94,7 @@ def test_trls_client_generates_and_chats_with_both_ranks(server: Server) -> None
     assert again["completion_ids"] == told["completion_ids"][::2]
     chat = client.chat([[{"role": "user", "content": "Hello"}]], max_tokens=4)
     assert len(chat["completion_ids"][0]) <= 4
+    client.session.close()
     after = server.served_by_rank()
     assert all(after[rank] > before.get(rank, 0.0) for rank in (0, 1))
 
