@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     args = parser.parse_args()
     with OpenAI(base_url=args.base_url, api_key=args.api_key) as client:
         model = client.models.list().data[0].id
-        question = [{"role": "user", "content": "What is the capital of France?"}]
+        question: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
         answer = client.chat.completions.create(model=model, messages=question, max_tokens=32, temperature=0)
         print(f"{model}: {answer.choices[0].message.content}")
         for part in client.chat.completions.create(model=model, messages=question, max_tokens=32, stream=True):

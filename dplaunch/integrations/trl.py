@@ -23,6 +23,9 @@ from dplaunch.posted import as_told, seal
 from dplaunch.standstill import PauseMode
 from dplaunch.transfers import BUCKET, GIVE_UP
 
+NAME = "VLLMClient"
+"""What TRL's trainers call their client."""
+
 Described = tuple[str, str, Sequence[int]]
 """A tensor's name, its type ("bfloat16") and its shape, as TRL announces it."""
 
@@ -44,14 +47,14 @@ def use(*, keep: bool = True, verify: bool = True, mode: PauseMode = "wait") -> 
     ours = type(theirs.__name__, (client_class(),), {"options": {"keep": keep, "verify": verify, "mode": mode}})
     # Each trainer has taken it by name from there.
     modules = {vllm_client, vllm_generation, *(each for name, each in sys.modules.items() if name.startswith("trl."))}
-    changed = [module for module in modules if vars(module).get("VLLMClient") is theirs]
+    changed = [module for module in modules if vars(module).get(NAME) is theirs]
     for module in changed:
-        module.VLLMClient = ours  # type: ignore[attr-defined]
+        setattr(module, NAME, ours)
     try:
         yield ours
     finally:
         for module in changed:
-            module.VLLMClient = theirs  # type: ignore[attr-defined]
+            setattr(module, NAME, theirs)
 
 
 @functools.cache

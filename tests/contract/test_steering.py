@@ -12,10 +12,11 @@ from dplaunch.errors import DplaunchError
 from dplaunch.group import AsyncGroup
 from dplaunch.posted import as_told, seal
 from dplaunch.seam.weights import lora_request
+from dplaunch.testing.weights import checksum_of
 from dplaunch.transfers import BUCKET, GIVE_UP
 from tests.contract.conftest import Launch
 from tests.contract.groups import Watched
-from tests.contract.test_weights import answers_with, checksum_of, kill, tensors, until
+from tests.contract.test_weights import answers_with, kill, tensors, until
 
 NCCL = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 3}
 

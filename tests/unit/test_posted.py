@@ -95,6 +95,7 @@ def test_what_is_no_bucket_at_all_is_refused(told: Any) -> None:
 
 
 def test_a_bucket_with_no_tensors_is_refused(bucket: Bucket) -> None:
-    for entries in ([], None, "abc"):
+    wrong: list[Any] = [[], None, "abc"]
+    for entries in wrong:
         with pytest.raises(UsageError, match="no tensor"):
             take({"path": bucket.path, "entries": entries})

@@ -54,7 +54,7 @@ def server() -> Server:
 def client(server: Server) -> Any:
     """A client that has found its server."""
     kind = adapter.client_class()
-    client = kind.__new__(kind)
+    client: Any = object.__new__(kind)
     client.base_url, client._updating_weights, client._post = "http://here", False, server.post
     return client
 
