@@ -16,7 +16,7 @@ from dplaunch.testing.weights import checksum_of
 from dplaunch.transfers import BUCKET, GIVE_UP
 from tests.contract.conftest import Launch
 from tests.contract.groups import Watched
-from tests.contract.test_weights import answers_with, kill, tensors, until
+from tests.contract.test_weights import answers_with, kill, killed, tensors, until
 
 NCCL = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 3}
 
@@ -74,6 +74,17 @@ async def test_weights_in_several_calls_are_one_update_of_the_group(launch: Laun
     kill(watched, 1)
     await until(watched, 1, "stale", 2)
     assert "not kept" in group.supervisor.ranks[1].stale
+
+
+async def test_a_rank_that_dies_while_a_trainer_sends_comes_back_with_what_the_others_have(launch: Launch) -> None:
+    watched = await launch(killed(1))
+    group, weights = watched.group, tensors(1)
+    await group.engine.start_weight_update()
+    await post(group, weights)
+    await group.engine.finish_weight_update()
+    await until(watched, 1, "ready")
+    assert watched.group.client.ranks == [0, 1]
+    await answers_with(group, checksum_of(weights.items()))
 
 
 async def test_a_trainer_that_gives_up_or_sends_nonsense_leaves_the_weights_as_they_were(launch: Launch) -> None:
