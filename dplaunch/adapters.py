@@ -24,11 +24,15 @@ class Adapters:
 
     async def load_lora(self, name: str, path: str, timeout_s: float) -> Any:
         """See `AsyncGroup.load_lora`."""
-        deadline = time.monotonic() + timeout_s
+        # A number of its own for each: what is cached under the one before cannot be taken for this one's.
+        self._last_id += 1
+        return await self.add(seam.lora_request(name, self._last_id, path), timeout_s)
+
+    async def add(self, lora: Any, timeout_s: float) -> Any:
+        """Loads an adapter as vLLM's LoRARequest, whose number is its maker's choice."""
+        deadline, name = time.monotonic() + timeout_s, lora.lora_name
+        self._last_id = max(self._last_id, lora.lora_int_id)
         async with self._crew.one, self._weights.lock:
-            # A number of its own for each: what is cached under the one before cannot be taken for this one's.
-            self._last_id += 1
-            lora = seam.lora_request(name, self._last_id, path)
             keepers = self._crew.targets
             answers, failed = await self._weights.ask_all(
                 [k.rank for k in keepers], "add_lora", lora, deadline=deadline
@@ -39,7 +43,7 @@ class Adapters:
             before = self._weights.loras.get(name)
             self._weights.loras[name] = lora
             await self._crew.put_aside(keepers, failed)
-            if before is not None:
+            if before is not None and before.lora_int_id != lora.lora_int_id:
                 await self._crew.tell_all("remove_lora", before.lora_int_id, deadline=deadline)
         self._crew.say(f"the adapter {name} is loaded")
         return lora

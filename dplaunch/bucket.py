@@ -7,6 +7,7 @@ containers keep small. Ranks open it through the launcher's entry in /proc.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import mmap
 import os
 import secrets
@@ -23,6 +24,9 @@ ALIGNMENT = 64
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".gguf")
 """How the names of files end that hold weights."""
+
+MEMORY_NAME = "dplaunch-weights"
+"""What the kernel shows a bucket's memory as."""
 
 Entry = tuple[str, str, tuple[int, ...], int, int]
 """One tensor: name, dtype ("bfloat16"), shape, and its first byte and bytes in the bucket."""
@@ -57,28 +61,37 @@ class Bucket:
 
 def new_memory(name: str) -> tuple[int, str]:
     """A new memfd: its descriptor, and the path by which other processes of this host open it."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     return fd, f"/proc/{os.getpid()}/fd/{fd}"
 
 
-def fill(tensors: Sequence[tuple[str, Any]], folder: Path | None = None, number: int = 0) -> Bucket:
+def fill(
+    tensors: Iterable[tuple[str, Any]],
+    folder: Path | None = None,
+    number: int = 0,
+    like: Sequence[tuple[str, Any]] | None = None,
+) -> Bucket:
     """Writes tensors into a new bucket.
 
     Args:
         tensors: by name; on any device.
         folder: where it becomes a file; None for memory.
         number: tells its file from others.
+        like: names, and tensors of the same types and shapes, where `tensors` can be gone through but once. Each is
+            written before the next is asked for, and none is asked for beyond these.
     """
-    entries, size = _layout(tensors)
+    if like is None:
+        like = tensors = list(tensors)
+    entries, size = _layout(like)
     if folder is None:
-        fd, path = new_memory("dplaunch-weights")
+        fd, path = new_memory(MEMORY_NAME)
     else:
         path = str(folder / f"{number}.bucket")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     bucket = Bucket(path, size, entries, fd)
     try:
         os.ftruncate(fd, max(1, size))
-        _write(fd, tensors, entries)
+        _write(fd, itertools.islice(tensors, len(entries)), entries)
         if folder is not None:
             bucket.free()
     except BaseException:
@@ -98,7 +111,7 @@ def _layout(tensors: Sequence[tuple[str, Any]]) -> tuple[tuple[Entry, ...], int]
     return tuple(entries), size
 
 
-def _write(fd: int, tensors: Sequence[tuple[str, Any]], entries: Sequence[Entry]) -> None:
+def _write(fd: int, tensors: Iterable[tuple[str, Any]], entries: Sequence[Entry]) -> None:
     """By write(2), which fills new pages in half the time of a mapping, and says so where a disk is full."""
     import torch
 

@@ -62,6 +62,12 @@ class Crew:
             if keeper.rank.admitted and keeper.rank.link is not None and not keeper.rank.link.closed
         ]
 
+    @property
+    def absent(self) -> list[int]:
+        """The numbers of the ranks that are not there to be changed."""
+        there = self.targets
+        return [keeper.rank.identity.rank for keeper in self._keepers() if keeper not in there]
+
     async def tell_all(self, method: str, *args: Any, deadline: float) -> None:
         """Calls every rank; one that lives and does not do as it is told is replaced.
 

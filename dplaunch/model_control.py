@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dplaunch.adapters import Adapters
 from dplaunch.crew import Crew
 from dplaunch.life import GroupLife
+from dplaunch.seam.steered import steer
 from dplaunch.standstill import PauseMode, Standstill
+from dplaunch.transfers import Transfers
 from dplaunch.updating import Updates, WeightUpdate
+from dplaunch.verbs import Verbs
 from dplaunch.weight_source import Keep, as_source
 from dplaunch.weights import Stance
 
@@ -24,6 +27,21 @@ STAND_S = 120.0
 
 class ModelControl(GroupLife):
     """The part of `AsyncGroup` that changes what is served. One change at a time; the next one waits."""
+
+    verbs: Verbs
+    """The same, as vLLM's AsyncLLM has it: what its HTTP routes go by."""
+
+    _transfers: Transfers | None = None
+
+    async def open(self) -> Self:
+        await super().open()
+        steer(self._engine, self.verbs)
+        return self
+
+    async def _close(self, reason: str) -> None:
+        if self._transfers is not None:
+            await self._transfers.close()
+        await super()._close(reason)
 
     async def update_weights(
         self,
@@ -178,3 +196,13 @@ class ModelControl(GroupLife):
         self._standstill = Standstill(crew)
         self._updates = Updates(crew, self._standstill)
         self._adapters = Adapters(crew)
+        self._transfers = Transfers(crew, self._updates, UPDATE_S)
+        self.verbs = Verbs(
+            crew,
+            self._standstill,
+            self._updates,
+            self._adapters,
+            self._transfers,
+            stand_s=STAND_S,
+            update_s=UPDATE_S,
+        )

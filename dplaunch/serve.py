@@ -22,7 +22,7 @@ from dplaunch.group import AsyncGroup
 from dplaunch.health import add_ready_route
 from dplaunch.limits import allow_open_files
 from dplaunch.progress import ReportKind, make_reporter
-from dplaunch.seam import server
+from dplaunch.seam import server, steered
 from dplaunch.spec import LaunchSpec
 from dplaunch.sync import new_loop
 from dplaunch.tee import Tee
@@ -126,6 +126,7 @@ async def _open(group: AsyncGroup, ui: UiOptions, stack: contextlib.ExitStack) -
         raise DplaunchError("the server's flags were not parsed", hint="This is a bug in dplaunch: please report it.")
     await in_thread(lambda: server.load_plugins(args), "plugins")
     app = await server.make_app(group.engine, args)
+    steered.follow_unloading(app, group.verbs)
     add_ready_route(app, group)
     return app
 

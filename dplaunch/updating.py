@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,23 +56,32 @@ class Updates:
         self._standstill = standstill
 
     async def update(
-        self, source: Source, version: str | None, *, mode: PauseMode, verify: bool, timeout_s: float
+        self,
+        source: Source,
+        version: str | Callable[[], str | None] | None,
+        *,
+        mode: PauseMode,
+        verify: bool,
+        timeout_s: float,
     ) -> WeightUpdate:
-        """See `AsyncGroup.update_weights`."""
+        """See `AsyncGroup.update_weights`. A version that is a function is known when all weights were there."""
         began, deadline = time.monotonic(), time.monotonic() + timeout_s
+
+        def name() -> str:
+            told = version() if callable(version) else version
+            return str(self._weights.number + 1) if told is None else told
+
         try:
-            async with self._crew.one:
-                name = str(self._weights.number + 1) if version is None else version
-                async with self._standstill.standing_still(mode, deadline):
-                    stopped = time.monotonic()
-                    async with self._weights.lock:
-                        good, behind = await self._update(source, name, verify, deadline)
+            async with self._crew.one, self._standstill.standing_still(mode, deadline):
+                stopped = time.monotonic()
+                async with self._weights.lock:
+                    good, behind = await self._update(source, name, verify, deadline)
         except BaseException:
             source.close()
             raise
         now = time.monotonic()
         done = WeightUpdate(
-            version=name,
+            version=self._weights.version,
             checksum=self._weights.checksum,
             ranks=tuple(good),
             behind=behind,
@@ -83,7 +92,7 @@ class Updates:
         return done
 
     async def _update(
-        self, source: Source, version: str, verify: bool, deadline: float
+        self, source: Source, name: Callable[[], str], verify: bool, deadline: float
     ) -> tuple[list[int], dict[int, str]]:
         keepers = self._crew.targets
         ranks = [keeper.rank for keeper in keepers]
@@ -105,15 +114,15 @@ class Updates:
                 left = [rank for rank in ranks if rank not in failed]
                 checksums, silent = await self._weights.ask_all(left, seam.CHECKSUM, deadline=deadline)
                 failed |= silent
-            self._check(version, ranks, failed, checksums)
+            self._check(name(), ranks, failed, checksums)
         except BaseException as error:
             if touched:
-                await asyncio.shield(self._go_back(keepers, version))
+                await asyncio.shield(self._go_back(keepers, name()))
             if isinstance(error, DplaunchError):
                 raise self._with_state(error, touched) from error
             raise
         checksum = next(iter(checksums.values()), "")
-        await self._commit(source, version, checksum, keepers, failed, deadline)
+        await self._commit(source, name(), checksum, keepers, failed, deadline)
         good = [rank.identity.rank for rank in ranks if rank not in failed]
         return good, {rank.identity.rank: words_of(error) for rank, error in failed.items()}
 

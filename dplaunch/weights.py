@@ -20,6 +20,7 @@ from dplaunch.errors import GroupDeadError, WeightsError
 from dplaunch.hosts import Failures, Hosts
 from dplaunch.rank import Rank
 from dplaunch.seam import weights as seam
+from dplaunch.transfer import Relayed
 from dplaunch.weight_source import Initial, Source
 
 FIRST_VERSION = "0"
@@ -91,6 +92,9 @@ class Weights:
         if source.path is not None or isinstance(source, Initial):
             touch()
             return (await self.ask_all(ranks, seam.RELOAD, source.path, deadline=deadline))[1]
+        if isinstance(source, Relayed):
+            touch()
+            return await self._relay(ranks, source, deadline)
         async with contextlib.aclosing(_told(source)) as buckets:
             first = await anext(buckets, None)
             if first is None:
@@ -110,6 +114,25 @@ class Weights:
                     bucket.free()
         left = [rank for rank in ranks if rank not in failed]
         return failed | (await self.ask_all(left, seam.END, deadline=deadline))[1]
+
+    async def _relay(self, ranks: Sequence[Rank], source: Relayed, deadline: float | None) -> Failures:
+        """Has vLLM's own weight-transfer engines take what a trainer sends them."""
+
+        async def of_workers(method: str, **arguments: Any) -> None:
+            left = [rank for rank in ranks if rank not in failed]
+            call: tuple[Any, ...] = (seam.OF_WORKERS, method, None, [], arguments)
+            failed.update((await self.ask_all(left, *call, deadline=deadline))[1])
+
+        failed: Failures = {}
+        await of_workers(source.begin)
+        source.begun.set()
+        async with contextlib.aclosing(source.parts()) as parts:  # type: ignore[type-var]
+            async for part in parts:
+                await of_workers("update_weights", update_info=part)
+                if len(failed) == len(ranks):
+                    return failed
+        await of_workers("finish_weight_update")
+        return failed
 
     def _mark(self) -> Landmark:
         if self._landmark is None:

@@ -28,6 +28,12 @@ Checked with vLLM 0.32. What we rely on, and where:
   a metric's `_name` and `_labelnames`.
 * failures.py, errors to the caller: `OutputProcessor.abort_requests`, `RequestState.queue` and `parent_req`, and
   that `AsyncLLM.generate` and `encode` hand on a `GracefulHTTPError`.
+* steered.py, vLLM's steering done to the group: of `AsyncLLM`, `sleep`, `wake_up`, `is_sleeping`, `pause_generation`,
+  `resume_generation`, `is_paused`, `release_kv_cache_memory`, `reset_prefix_cache`, `add_lora`, `remove_lora`,
+  `collective_rpc`, the methods of a weight update (`init_weight_transfer_engine` to `get_weight_version`), and
+  `StatLoggerManager.record_sleep_state`; the workers' methods of the same names; that a worker's place among those that
+  meet a trainer is `data_parallel_index * world_size` and its own number (`nccl_common.worker_init_process_group`); and
+  `OpenAIServingModels.unload_lora_adapter`.
 * requests.py and traits.py, a request that moves: `EngineCoreOutput`, `SamplingParams`, `VllmConfig`.
 * config.py, flags and config: `make_arg_parser`, `validate_parsed_serve_args`, `AsyncEngineArgs`.
 * server.py, the OpenAI app: `build_app`, `init_app_state`.

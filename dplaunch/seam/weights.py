@@ -40,6 +40,9 @@ END = "dplaunch_end_weights"
 RELOAD = "dplaunch_reload_weights"
 CHECKSUM = "dplaunch_weight_checksum"
 
+OF_WORKERS = "collective_rpc"
+"""vLLM's own utility method: a method of every worker, a timeout, its arguments, and those with names."""
+
 
 class RankWeights:
     """What our engine core adds to vLLM's: utility methods, called by the launcher while the engine is paused."""

@@ -56,6 +56,7 @@ class FakeGroup:
         self.drain_s = 0.0
         self.is_planned = True
         self.engine = object()
+        self.verbs = None
         self.config = SimpleNamespace(server_args=SimpleNamespace(uvicorn_log_level="info"))
         self.plan = SimpleNamespace(log_dir=directory, ranks=[1, 2], model="/models/m", model_note="")
         self.opened = self.cancelled = False
