@@ -40,17 +40,16 @@ def over_http(side: str, dp: int | None) -> Callable[[Setup, Notes], None]:
             with SIDES[side](settings) as (_, seconds):
                 notes.value(f"{side} {state} dp={_label(dp)}", seconds)
             if state == "cold":
-                notes.value(f"{side} graphs compiled, dp={_label(dp)}", compiled(setup, side, ranks), "")
+                notes.value(f"{side} ranks that compiled, dp={_label(dp)}", compiled(setup, side, ranks), "")
 
     return run
 
 
 def compiled(setup: Setup, side: str, dp: int) -> int:
-    """How many graphs were compiled and saved: one for all ranks where they share them, else one each."""
+    """How many ranks have compiled graphs of their own: 1 when all share one rank's."""
     root = Path(caches(setup, side, dp)["VLLM_CACHE_ROOT"])
-    # vLLM: torch_compile_cache/HASH/rank_R_D/MODULE, or torch_aot_compile/HASH/rank_R_D.
-    found = {path.parent if path.is_file() else path for path in root.glob("torch_*compile*/**/rank_*")}
-    return len(found)
+    # vLLM (compilation/backends.py and decorators.py): .../HASH/rank_WORKER_DPRANK.
+    return len({path.name for path in root.glob("torch_compile_cache/**/rank_*_*")})
 
 
 def in_process(side: str, dp: int | None) -> Callable[[Setup, Notes], None]:
