@@ -29,6 +29,9 @@ STOCK_FILE = "stock-answers.json"
 
 MIB = 2**20
 
+FREED = 2**30
+"""Bytes that a sleeping rank gives back at least; its KV cache has dozens of GiB."""
+
 
 def unpacked(setup: Setup, notes: Notes) -> None:
     """Whether what is needed can be imported, and what the machine is."""
@@ -72,9 +75,9 @@ def group(setup: Setup, notes: Notes) -> None:
             notes.attempt("the zygote", lambda: _zygote(notes))
         notes.attempt("answers", lambda: _same_as_stock(setup, ranks, notes))
         # Their order matters: a sleep of level 2 needs weights that can be had again.
-        notes.attempt("sleep 1", lambda: _sleep(setup, ranks, notes, 1))
+        notes.attempt("sleep 1", lambda: _sleep(ranks, notes, 1))
         notes.attempt("new weights", lambda: _new_weights(ranks, module, notes))
-        notes.attempt("sleep 2", lambda: _sleep(setup, ranks, notes, 2))
+        notes.attempt("sleep 2", lambda: _sleep(ranks, notes, 2))
         notes.attempt("a death", lambda: _death(ranks, notes))
         notes.attempt("weights from disk", lambda: _from_disk(setup, ranks, module, notes))
         pids += looks.worker_pids(ranks)
@@ -116,21 +119,26 @@ def _same_as_stock(setup: Setup, ranks: dplaunch.Group, notes: Notes) -> None:
         )
 
 
-def _sleep(setup: Setup, ranks: dplaunch.Group, notes: Notes, level: int) -> None:
-    pids, before, sums = looks.worker_pids(ranks), devices.used(), ranks.weight_checksums()
-    held = devices.held_by(pids)
+def _sleep(ranks: dplaunch.Group, notes: Notes, level: int) -> None:
+    sums, before, own = ranks.weight_checksums(), devices.used(), _devices_of(ranks)
     with looks.timed(notes.value, f"sleep {level} took"):
         ranks.sleep(level)
-    asleep, freed = devices.held_by(pids), {uuid: before[uuid] - now for uuid, now in devices.used().items()}
+    asleep = devices.used()
     with looks.timed(notes.value, f"wake up from {level} took"):
         ranks.wake_up()
-    if not setup.cpu:
-        notes.value(f"sleep {level}: the ranks held before", held / MIB, "MiB")
-        notes.value(f"sleep {level}: they hold asleep", asleep / MIB, "MiB")
-        notes.check(f"sleep {level} frees each device", min(freed.values()) > 2**30, f"bytes: {sorted(freed.values())}")
-        back = devices.held_by(pids)
-        notes.check(f"wake up from {level} takes it back", back > 0.9 * held, f"{back / MIB:.0f} MiB")
+    awake = devices.used()
+    for uuid in own:
+        notes.value(f"sleep {level}: in use before", before[uuid] / MIB, "MiB")
+        notes.value(f"sleep {level}: in use asleep", asleep[uuid] / MIB, "MiB")
+        freed, taken = before[uuid] - asleep[uuid], awake[uuid] - asleep[uuid]
+        notes.check(f"sleep {level} frees its device", freed > FREED, f"{freed / MIB:.0f} MiB")
+        notes.check(f"wake up from {level} takes it back", taken > 0.9 * freed, f"{taken / MIB:.0f} MiB")
     notes.check(f"the weights are the same after sleep {level}", ranks.weight_checksums() == sums, sums)
+
+
+def _devices_of(ranks: dplaunch.Group) -> list[str]:
+    inside = {worker["uuid"] for workers in looks.facts(ranks) for worker in workers}
+    return [uuid for uuid in devices.uuids() if devices.plain(uuid) in inside]
 
 
 def _new_weights(ranks: dplaunch.Group, module: Any, notes: Notes) -> None:
@@ -152,6 +160,7 @@ def _death(ranks: dplaunch.Group, notes: Notes) -> None:
     sums, version, pids = ranks.weight_checksums(), ranks.weight_version, looks.worker_pids(ranks, rank)
     (report,) = ranks.call("dplaunch_report", rank=rank)
     os.kill(report["pid"], signal.SIGKILL)
+    poll_until(lambda: rank not in ranks.ranks_up, looks.BACK_S, "the rank to be gone")
     seconds, left = devices.wait_until_free(pids)
     notes.check("a killed rank holds no device memory", not left, left or f"after {seconds:.1f} s")
     with looks.timed(notes.value, "it is back after another"):

@@ -50,8 +50,7 @@ class Setup:
     Args:
         dp: ranks where all devices are used.
         devices: how many there are; 0 for a rehearsal on CPU.
-        cold: a directory that the step may fill with caches, empty at first.
-        directory: where it may leave files.
+        directory: where it may leave files for the steps after it.
     """
 
     dp: int

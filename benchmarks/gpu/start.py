@@ -6,17 +6,21 @@ Cold is with empty compile caches; each side has its own, so that neither warms 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from benchmarks.common import DPLAUNCH, STOCK, Comparison
+from benchmarks.common import DPLAUNCH, STOCK, Comparison, Settings
 from benchmarks.gpu.notes import Notes
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.steps import Script, Step
 from benchmarks.inprocess import run_child
-from benchmarks.servers import dplaunch_server, stock_server
+from benchmarks.servers import Server, dplaunch_server, stock_server
 
-SIDES = {STOCK: stock_server, DPLAUNCH: dplaunch_server}
+Serve = Callable[[Settings], AbstractContextManager[tuple[Server, float]]]
+
+SIDES: dict[str, Serve] = {STOCK: stock_server, DPLAUNCH: dplaunch_server}
 
 GOAL = 0.35
 """Of stock's warm start."""
@@ -34,7 +38,10 @@ def over_http(side: str, dp: int | None) -> Callable[[Setup, Notes], None]:
 
     def run(setup: Setup, notes: Notes) -> None:
         ranks = setup.dp if dp is None else dp
-        os.environ.update(caches(setup, side, ranks))
+        places = caches(setup, side, ranks)
+        for place in places.values():
+            shutil.rmtree(place, ignore_errors=True)
+        os.environ.update(places)
         settings = setup.settings("small", dp=ranks)
         for state in ("cold", "warm"):
             with SIDES[side](settings) as (_, seconds):

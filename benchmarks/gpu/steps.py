@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -95,7 +96,9 @@ class Script:
             say("No NVIDIA device is here. --cpu-rehearsal goes through the steps with a tiny model.")
             sys.exit(2)
         number = 0 if given.cpu_rehearsal else there
-        setup = Setup(dp=given.dp or max(1, number or 2), devices=number, directory=str(given.out / "work"))
+        # Not below `--out`: caches are thousands of files. The same for `--only`, which may need what others left.
+        work = Path(tempfile.gettempdir()) / f"dplaunch-gpu-{os.getuid()}" / f"work-{self.name}"
+        setup = Setup(dp=given.dp or number or 2, devices=number, directory=str(work))
         sys.exit(self._run_all(setup, given))
 
     def _parser(self) -> argparse.ArgumentParser:

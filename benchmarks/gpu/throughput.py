@@ -8,8 +8,10 @@ call of its own, the same with `large-` another.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from benchmarks.common import DPLAUNCH, STOCK, Comparison
 from benchmarks.gpu.notes import Notes
@@ -42,10 +44,15 @@ def in_group(name: str) -> Callable[[Setup, Notes], None]:
         cases = [("mp", setup.dp), ("mp", 1), ("uni", setup.dp)]
         for executor, dp in dict.fromkeys(cases):
             label = f"{name} {executor} dp={'all' if dp == setup.dp else dp}"
-            with asyncio.Runner(loop_factory=new_loop) as runner:
-                notes.attempt(label, lambda at=(executor, dp, label): runner.run(_measure(setup, notes, name, *at)))
+            work = functools.partial(_measure, setup, notes, name, executor, dp, label)
+            notes.attempt(label, functools.partial(_in_a_loop, work))
 
     return run
+
+
+def _in_a_loop(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(work())
 
 
 async def _measure(setup: Setup, notes: Notes, name: str, executor: str, dp: int, label: str) -> None:

@@ -176,7 +176,9 @@ def test_every_token_of_a_model_has_a_text() -> None:
 def test_where_there_is_no_driver_no_device_is_named_and_nobody_holds_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert (devices.uuids(), devices.held(), devices.used()) == ([], {}, {})
-    assert devices.wait_until_free() == (pytest.approx(0, abs=1), {})
+    seconds, left = devices.wait_until_free()
+    assert seconds < 5
+    assert left == {}
     assert not devices.has_cuda(os.getpid())
 
 
@@ -184,7 +186,7 @@ class FakeNvml(SimpleNamespace):
     """Two devices; process 7 is on both, process 8 on the second."""
 
     def __init__(self) -> None:
-        on = [[(7, 100)], [(7, 50), (8, None)]]
+        on: list[list[tuple[int, int | None]]] = [[(7, 100)], [(7, 50), (8, None)]]
         super().__init__(
             NVMLError=RuntimeError,
             nvmlInit=lambda: None,
@@ -200,7 +202,7 @@ class FakeNvml(SimpleNamespace):
 
 
 def test_who_holds_which_device_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     assert devices.uuids() == ["GPU-AB", "GPU-cd"]
     assert devices.held() == {7: {"GPU-AB": 100, "GPU-cd": 50}, 8: {"GPU-cd": 0}}
     assert devices.held_by([7, 9]) == 150
