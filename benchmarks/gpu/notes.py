@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import traceback
 from collections.abc import Callable
@@ -65,5 +66,10 @@ class Notes:
 
 
 def read(output: str) -> list[Note]:
-    """The notes in a step's output."""
-    return [Note(**json.loads(line.removeprefix(MARK))) for line in output.splitlines() if line.startswith(MARK)]
+    """The notes in a step's output; a line that another process wrote into is left out."""
+    found = []
+    for line in output.splitlines():
+        if line.startswith(MARK):
+            with contextlib.suppress(ValueError, TypeError):
+                found.append(Note(**json.loads(line.removeprefix(MARK))))
+    return found

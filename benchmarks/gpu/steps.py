@@ -86,7 +86,10 @@ class Script:
 
     def main(self) -> None:
         """Runs what the command line asks for, and ends the process: 0 when all went well."""
-        given = self._parser().parse_args()
+        parser = self._parser()
+        given = parser.parse_args()
+        if unknown := [name for name in _names(given.only) if name not in self.steps]:
+            parser.error(f"no step is called {unknown[0]!r}; there are {', '.join(self.steps)}")
         if given.step:
             run, setup = self.steps[given.step].run, Setup(**json.loads(given.setup))
             run(setup, Notes(given.step))
@@ -118,8 +121,7 @@ class Script:
         given.out.mkdir(parents=True, exist_ok=True)
         Path(setup.directory).mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + given.limit_s
-        names = given.only.split(",") if given.only else list(self.steps)
-        for name in names:
+        for name in _names(given.only) or self.steps:
             outcome = self._outcome(self.steps[name], setup, deadline, given.out / f"{self.name}.log")
             self._outcomes.append(outcome)
             say(f"[{self.name}] {name}: {outcome.state} after {outcome.seconds:.0f} s")
@@ -230,6 +232,10 @@ def end_children() -> list[int]:
 def _python_path() -> str:
     # Workers that others start, as Ray does, find `inside.py` too.
     return os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def _names(only: str | None) -> list[str]:
+    return only.split(",") if only else []
 
 
 def _memory_is_free(step: str) -> Note:

@@ -131,6 +131,15 @@ def test_without_a_device_a_script_says_so_and_ends_with_2(
     assert "--cpu-rehearsal" in capsys.readouterr().err
 
 
+def test_a_step_that_there_is_not_is_refused_with_those_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["first", "--only", "stock,gruop"])
+    with pytest.raises(SystemExit):
+        first.SCRIPT.main()
+    assert "no step is called 'gruop'; there are unpacked, stock, group, http" in capsys.readouterr().err
+
+
 def test_a_failed_check_is_not_well_and_a_measured_value_is() -> None:
     bad, fine = Note(step="a", name="b", good=False), Note(step="a", name="b", value=0.0)
     assert not steps.good(Outcome(step="a", state="done", notes=[fine, bad]))
@@ -141,7 +150,7 @@ def test_notes_are_found_in_a_steps_output_among_other_lines(capsys: pytest.Capt
     told = Notes("a step")
     told.value("rate", 5, "tokens/s")
     told.check("right", [] == [], "x" * 999)
-    found = notes.read("noise\n" + capsys.readouterr().out + "\nmore NOTE of others")
+    found = notes.read("noise\n" + capsys.readouterr().out + "\nmore NOTE of others\nNOTE {torn")
     assert found == [
         Note(step="a step", name="rate", value=5.0, unit="tokens/s"),
         Note(step="a step", name="right", good=True, found="x" * 300),
