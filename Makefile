@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --reruns 1
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale bench-batch bench-weights compare-lm-eval clean
+.PHONY: help env run test test-gpu test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale bench-batch bench-weights compare-lm-eval clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
@@ -27,6 +27,9 @@ run: env ## two ranks of the built-in model on 127.0.0.1:8000 (PORT=8080, ARGS="
 
 test: lint types ## lint, types and all tests (ARGS="-k zygote -x")
 	@$(PYTEST) $(ARGS)
+
+test-gpu: env ## the tests that need an NVIDIA device; without one they are skipped
+	@$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 test-without-ray: env ## what may miss it, with Ray uninstalled (`make env` brings it back)
 	@$(BIN)/python -m pip uninstall --quiet --yes ray

@@ -59,7 +59,9 @@ async def http_tokens_per_second(load: Load, address: str, model: str) -> float:
     import aiohttp
 
     unlimited = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(address, timeout=unlimited) as session:
+    # aiohttp's own bound of 100 connections would be the load's.
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(address, timeout=unlimited, connector=connector) as session:
 
         async def ask(number: int, prompt: str, tokens: int) -> int:
             body = {
