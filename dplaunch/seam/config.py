@@ -209,9 +209,9 @@ def check_version(found: str | None, *, override: bool = False) -> str:
     Raises:
         VllmError: when there is none, or one that the seam was not checked with.
     """
-    from dplaunch.seam import SUPPORTED, is_supported
+    from dplaunch.seam import OVERRIDE, WINDOW, is_supported
+    from dplaunch.seam.relied import NEWEST
 
-    window = ", ".join(f"{prefix}.*" for prefix in SUPPORTED)
     if found is None:
         raise VllmError(
             "vLLM is not installed",
@@ -219,7 +219,7 @@ def check_version(found: str | None, *, override: bool = False) -> str:
         )
     if not override and not is_supported(found):
         raise VllmError(
-            f"vLLM {found} is installed, but this dplaunch works with {window}",
-            hint=f"pip install 'vllm=={SUPPORTED[-1]}.*', or set DPLAUNCH_ANY_VLLM=1 to try at your own risk.",
+            f"vLLM {found} is installed, but this dplaunch works with {WINDOW}",
+            hint=f"pip install 'vllm=={NEWEST}.*', or try it as it is: --any-vllm, any_vllm=True or {OVERRIDE}=1.",
         )
     return found
