@@ -25,6 +25,7 @@ class Relied:
         mentions: names in its body, which say that it works as we think; "name=" is a keyword of a call in it.
         since: the first version that has it; earlier ones have another, or do without.
         until: the last version in which we use it.
+        instead: what is done in the versions before `since`, where there is something to say.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Relied:
     mentions: tuple[str, ...] = ()
     since: str = OLDEST
     until: str = NEWEST
+    instead: str = ""
 
     def is_in(self, version: str) -> bool:
         """Whether we count on it in a version such as "0.26.0"."""
@@ -81,8 +83,18 @@ _RANK = (
             "EngineCore.remove_lora": "self, lora_id",
         },
     ),
-    *_calls("vllm.v1.engine.core", {"EngineCore.set_weight_version": "self, weight_version"}, since="0.27"),
-    *_calls("vllm.v1.engine.core", {"EngineCore.compute_weight_checksums": "self"}, since="0.32"),
+    Relied(
+        "vllm.v1.engine.core:EngineCore.set_weight_version",
+        "self, weight_version",
+        since="0.27",
+        instead="only the launcher knows the version",
+    ),
+    Relied(
+        "vllm.v1.engine.core:EngineCore.compute_weight_checksums",
+        "self",
+        since="0.32",
+        instead="digests of the same parameters, made by us",
+    ),
     *_calls(
         "vllm.v1.executor",
         {
@@ -92,8 +104,12 @@ _RANK = (
             "Executor.initialize_from_config": "self, kv_cache_configs",
         },
     ),
-    # Before, initialize_from_config did it too; the phase "capturing" is not told then.
-    *_calls("vllm.v1.executor", {"Executor.compile_or_warm_up_model": "self"}, since="0.27"),
+    Relied(
+        "vllm.v1.executor:Executor.compile_or_warm_up_model",
+        "self",
+        since="0.27",
+        instead='`initialize_from_config` does it; the phase "capturing" is told as "allocating"',
+    ),
     Relied("vllm.v1.executor.ray_utils:build_actor_name", "instance_id, rank, tp_size, pp_size, pcp_size"),
     Relied("vllm.v1.executor.ray_utils:initialize_ray_cluster", "parallel_config"),
     Relied("vllm.v1.executor.ray_utils:get_bundles_for_indices", "placement_group, bundle_indices, world_size"),
@@ -154,8 +170,12 @@ _WEIGHTS = (
         "vllm.model_executor.model_loader.reload",
         {"initialize_layerwise_reload": "model", "finalize_layerwise_reload": "model, model_config"},
     ),
-    # It came with the check itself.
-    *_calls("vllm.model_executor.model_loader.mtp_validation", {"disable_mtp_completeness_check": ""}, since="0.27"),
+    Relied(
+        "vllm.model_executor.model_loader.mtp_validation:disable_mtp_completeness_check",
+        "",
+        since="0.27",
+        instead="there is no check to turn off",
+    ),
     Relied("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "layer, remove_weight"),
     Relied("vllm.lora.request:LoRARequest", "lora_name, lora_int_id, lora_path"),
 )
@@ -201,9 +221,11 @@ _FRONTEND = (
             "AsyncMPClient.shutdown": "self, timeout",
         },
     ),
-    # Before, all utility methods came down to call_utility_async.
-    *_calls(
-        "vllm.v1.engine.core_client", {"AsyncMPClient.call_utility_all_async": "self, method, *args"}, since="0.32"
+    Relied(
+        "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async",
+        "self, method, *args",
+        since="0.32",
+        instead="every utility method comes down to `call_utility_async`",
     ),
     Relied("vllm.v1.engine.async_llm:AsyncLLM.__init__", mentions=("make_async_mp_client",)),
     Relied(
@@ -234,7 +256,12 @@ _FRONTEND = (
         }
     ),
     Relied("vllm.v1.engine.exceptions:EngineDeadError", ""),
-    Relied("vllm.exceptions:GracefulHTTPError", has=("http_status",), since="0.29"),
+    Relied(
+        "vllm.exceptions:GracefulHTTPError",
+        has=("http_status",),
+        since="0.29",
+        instead="`GenerationError` carries the status, and `AsyncLLM.generate` and `encode` are wrapped to hand it on",
+    ),
     Relied("vllm.v1.engine.async_llm:AsyncLLM.generate", mentions=("GracefulHTTPError",), since="0.29"),
     Relied("vllm.v1.engine.async_llm:AsyncLLM.encode", mentions=("GracefulHTTPError",), since="0.29"),
     # In place of the former: see older.py.
@@ -281,7 +308,12 @@ _CONFIG_AND_SERVER = (
             module, {"make_arg_parser": "parser", "validate_parsed_serve_args": "args"}, since=since, until=until
         )
     ),
-    Relied("vllm.entrypoints.launchers.app:build_app", "args, supported_tasks, model_config", since="0.29"),
+    Relied(
+        "vllm.entrypoints.launchers.app:build_app",
+        "args, supported_tasks, model_config",
+        since="0.29",
+        instead="`vllm.entrypoints.openai.api_server` has it",
+    ),
     Relied("vllm.entrypoints.openai.api_server:build_app", "args, supported_tasks, model_config", until="0.28"),
     Relied(
         "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
@@ -309,7 +341,12 @@ _SAVED = (
             "vllm.logprobs:Logprob": "logprob rank decoded_token",
         }
     ),
-    *_fields({"vllm.outputs:WeightVersionSpan": "version start end"}, since="0.32"),
+    Relied(
+        "vllm.outputs:WeightVersionSpan",
+        has=("version", "start", "end"),
+        since="0.32",
+        instead="answers do not say which weights they came from",
+    ),
     *_fields({"vllm.outputs:CompletionOutput": "weight_versions"}, since="0.32"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -117,7 +118,7 @@ class Sources:
             for each in self._lineage(owner):
                 if found := self._own(each, name):
                     return found
-        elif found := self._own(owner, name):
+        elif isinstance(owner.node, ast.Module) and (found := self._own(owner, name)):
             return found
         raise Missing(f"{owner.module}:{getattr(owner.node, 'name', '')} has no {name}")
 
@@ -142,10 +143,10 @@ class Sources:
             module = ".".join([*parts, *filter(None, [statement.module])])
         if not module.startswith("vllm"):
             return None
-        try:
-            return self.find(f"{module}:{name}")
-        except Missing:
-            return self.find(f"{module}.{name}:")
+        if module != importer:
+            with contextlib.suppress(Missing):
+                return self.find(f"{module}:{name}")
+        return self.find(f"{module}.{name}:")
 
     def _lineage(self, found: Found) -> Iterator[Found]:
         """A class and those that it inherits from, as far as they are vLLM's; near ones first."""
@@ -175,7 +176,7 @@ class Sources:
 
 
 def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a body, those under `if` and `try` too."""
+    """The statements of a body, those under `if` and `try` too; what stands in for a failed import is left out."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If):
@@ -183,8 +184,6 @@ def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _flat(statement.orelse)
         elif isinstance(statement, ast.Try):
             yield from _flat(statement.body)
-            for handler in statement.handlers:
-                yield from _flat(handler.body)
 
 
 def _defined(statement: ast.stmt) -> set[str]:
