@@ -1,6 +1,6 @@
 """The only package that touches vLLM's private names. Everything above it works with values that are ours.
 
-Checked with vLLM 0.26 to 0.33 (docs/vllm-versions.md). relied.py has every name as data, with its versions and how it
+Checked with vLLM 0.26 to 0.33 (docs/vllm-versions.md). names.py has every name as data, with its versions and how it
 is used; older.py what older versions lack. What we rely on, and where:
 
 * rank.py, the body of a rank: `EngineCoreProc.run_engine_core`, and that it looks up `EngineCoreProc` in its module,

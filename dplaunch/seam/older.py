@@ -14,13 +14,13 @@ from http import HTTPStatus
 from typing import Any
 
 from dplaunch.errors import RequestError
-from dplaunch.seam.relied import modules_of
+from dplaunch.seam.names import modules_of
 
 # Names that moved.
 
 
 def moved(name: str) -> Any:
-    """A name that `relied` has in several modules, from the one in which the installed vLLM has it.
+    """A name that `names` has in several modules, from the one in which the installed vLLM has it.
 
     Raises:
         ImportError: when no module that we know has it.

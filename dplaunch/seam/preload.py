@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
-from dplaunch.seam.relied import modules_of
+from dplaunch.seam.names import modules_of
 
 MODULES = (
     "vllm.engine.arg_utils",

@@ -1,6 +1,6 @@
 """Requests and outputs of vLLM, changed for a rank that takes a request over from another.
 
-By attribute and without importing vLLM. Checked with 0.32: `EngineCoreRequest`, `EngineCoreOutput`,
+By attribute and without importing vLLM. Checked with 0.26 to 0.33: `EngineCoreRequest`, `EngineCoreOutput`,
 `SamplingParams`, and that `LogprobsLists` and `SamplingMaskLists` in an output hold that request's rows alone.
 """
 

@@ -3,8 +3,8 @@
 Tensors go through vLLM's own weight-transfer session (`Worker.start_weight_update`, `update_weights`,
 `finish_weight_update`) with an engine of ours that maps buckets of shared memory; a checkpoint goes through
 `Worker.reload_weights`. Both load layer by layer into the tensors that are there, so that captured graphs and the KV
-cache stay. Source: vllm/v1/worker/gpu_worker.py and vllm/model_executor/model_loader/reload, checked with 0.32; the
-CPU worker inherits all of it, with two gaps that are closed here:
+cache stay. Source: vllm/v1/worker/gpu_worker.py and vllm/model_executor/model_loader/reload, checked with 0.26 to
+0.33; the CPU worker inherits all of it, with two gaps that are closed here:
 
 * A tied output layer keeps the packed copy of the embedding that it made at the start, and so answers with old weights
   (`dispatch_cpu_unquantized_gemm`): see `_pack_again`.

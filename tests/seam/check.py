@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dplaunch.seam.relied import PUBLIC, RELIED, Relied, numbers
+from dplaunch.seam.names import PUBLIC, RELIED
+from dplaunch.seam.relied import Relied, numbers
 from tests.seam.sources import Missing, Sources
 
 RECORDS = Path(__file__).parent / "records"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dplaunch.seam.relied import RELIED, numbers
+from dplaunch.seam.names import RELIED
+from dplaunch.seam.relied import numbers
 from tests.seam.check import Record, problems, recorded
 
 PAGE = Path(__file__).parents[2] / "docs" / "vllm-versions.md"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dplaunch import seam
-from dplaunch.seam.relied import NEWEST, OLDEST, RELIED, modules_of, numbers
+from dplaunch.seam.names import RELIED, modules_of
+from dplaunch.seam.relied import NEWEST, OLDEST, numbers
 from tests.seam.check import Record, problems, record, recorded
 from tests.seam.document import PAGE, with_tables
 from tests.seam.sources import Sources

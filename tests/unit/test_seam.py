@@ -24,8 +24,9 @@ from dplaunch.errors import ExitCode, RequestError, VllmError
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
 from dplaunch.seam import failures, frontend, older, rank, weights, wire
 from dplaunch.seam.config import check_version
+from dplaunch.seam.names import PUBLIC, RELIED
 from dplaunch.seam.preload import exec_environment
-from dplaunch.seam.relied import PUBLIC, RELIED, Relied
+from dplaunch.seam.relied import Relied
 from tests.contract.groups import tiny_model
 from tests.seam.check import misfit
 
