@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dplaunch.seam.relied import NEWEST, OLDEST, Relied, calls, fields
+from dplaunch.seam.relied import OLDEST, Relied, calls, fields
 
 FRONTEND = (
     *calls(
@@ -99,7 +99,7 @@ CONFIG_AND_SERVER = (
     *(
         each
         for module, since, until in (
-            ("vllm.entrypoints.common.cli_args", "0.33", NEWEST),
+            ("vllm.entrypoints.common.cli_args", "0.33", None),
             ("vllm.entrypoints.launchers.cli_args", "0.29", "0.32"),
             ("vllm.entrypoints.openai.cli_args", OLDEST, "0.28"),
         )

@@ -20,7 +20,7 @@ class Relied:
         has: attributes that we read or set.
         mentions: names in its body, which say that it works as we think; "name=" is a keyword of a call in it.
         since: the first version that has it; earlier ones have another, or do without.
-        until: the last version in which we use it.
+        until: the last version in which we use it; None: it is as good as ever.
         instead: what is done in the versions before `since`, where there is something to say.
     """
 
@@ -29,12 +29,13 @@ class Relied:
     has: tuple[str, ...] = ()
     mentions: tuple[str, ...] = ()
     since: str = OLDEST
-    until: str = NEWEST
+    until: str | None = None
     instead: str = ""
 
     def is_in(self, version: str) -> bool:
         """Whether we count on it in a version such as "0.26.0"."""
-        return numbers(self.since) <= numbers(version)[:2] <= numbers(self.until)
+        release = numbers(version)[:2]
+        return numbers(self.since) <= release and (self.until is None or release <= numbers(self.until))
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def calls(module: str, uses: Mapping[str, str], since: str = OLDEST, until: str = NEWEST) -> Iterable[Relied]:
+def calls(module: str, uses: Mapping[str, str], since: str = OLDEST, until: str | None = None) -> Iterable[Relied]:
     """Functions of one module, each with its `use`."""
     return (Relied(f"{module}:{name}", use, since=since, until=until) for name, use in uses.items())
 
