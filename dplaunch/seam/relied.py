@@ -19,7 +19,7 @@ class Relied:
             trailing = what goes by keyword, without it by position. None: it is not called.
         has: attributes that we read or set.
         mentions: names in its body, which say that it works as we think; "name=" is a keyword of a call in it.
-        since: the first version that has it; earlier ones have another, or do without.
+        since: the first version that has it; earlier ones have another, or do without. `OLDEST`: all have it.
         until: the last version in which we use it; None: it is as good as ever.
         instead: what is done in the versions before `since`, where there is something to say.
     """
@@ -35,7 +35,8 @@ class Relied:
     def is_in(self, version: str) -> bool:
         """Whether we count on it in a version such as "0.26.0"."""
         release = numbers(version)[:2]
-        return numbers(self.since) <= release and (self.until is None or release <= numbers(self.until))
+        is_new = self.since != OLDEST and release < numbers(self.since)
+        return not is_new and (self.until is None or release <= numbers(self.until))
 
 
 def numbers(version: str) -> tuple[int, ...]:

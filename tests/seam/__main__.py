@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from dplaunch.seam import is_supported
 from tests.seam import document
 from tests.seam.check import problems, record
 from tests.seam.sources import Sources
@@ -45,12 +46,17 @@ def main(arguments: list[str]) -> int:
         return 2
     for line in found:
         click.echo(f"seam: vLLM {options.version}: {line}")
-    click.echo(f"seam: vLLM {options.version}: {len(found)} problems; the record and docs/vllm-versions.md are written")
+    kept = (
+        "recorded, and docs/vllm-versions.md made anew"
+        if is_supported(options.version)
+        else "not of the window: not kept"
+    )
+    click.echo(f"seam: vLLM {options.version}: {len(found)} problems; {kept}")
     return 1 if found else 0
 
 
 def problems_of(version: str, wheel: Path | None) -> list[str]:
-    """Records a version, makes the page anew, and says what is wrong.
+    """Says what is wrong with a version; records one of the window, and makes the page anew.
 
     Raises:
         NoWheel: when there is none.
@@ -61,8 +67,9 @@ def problems_of(version: str, wheel: Path | None) -> list[str]:
         with tempfile.TemporaryDirectory(prefix="dplaunch-seam-") as folder:
             sources = Sources.of_wheel(download(version, Path(folder)))
     made = record(sources, version)
-    made.write()
-    document.main()
+    if is_supported(version):
+        made.write()
+        document.main()
     return problems(made)
 
 

