@@ -66,6 +66,19 @@ RANK = (
             "vllm.config:SchedulerConfig": "policy max_num_seqs",
         }
     ),
+    Relied(
+        "vllm.config:VllmConfig",
+        has=("watermark_config",),
+        since="0.30",
+        instead="there are no watermarks that a continued answer would lose",
+    ),
+    Relied(
+        "vllm.config:VllmConfig",
+        has=("aux_output_config",),
+        since="0.31",
+        instead="the model's config says whether routed experts are returned",
+    ),
+    Relied("vllm.config:ModelConfig", has=("enable_return_routed_experts",), until="0.30"),
 )
 
 WEIGHTS = (
@@ -143,6 +156,20 @@ WIRE = (
             "new_prompt_logprobs_tensors events prefill_stats",
             "vllm.v1.engine:UtilityOutput": "call_id failure_message result",
             "vllm.v1.serial_utils:UtilityResult": "result",
+            "vllm.sampling_params:SamplingParams": "max_tokens min_tokens prompt_logprobs",
         }
     ),
+    Relied(
+        "vllm.v1.engine:EngineCoreOutput",
+        has=("new_sampling_mask",),
+        since="0.28",
+        instead="there are no sampling masks to cut when a request moves",
+    ),
+    Relied(
+        "vllm.v1.engine:EngineCoreOutput",
+        has=("prompt_token_id_logprobs",),
+        since="0.31",
+        instead="logprobs of chosen tokens of a prompt are not given",
+    ),
+    *fields({"vllm.sampling_params:SamplingParams": "prompt_logprob_token_ids prompt_logprob_start"}, since="0.31"),
 )

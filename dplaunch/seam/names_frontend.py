@@ -56,6 +56,12 @@ FRONTEND = (
     ),
     Relied("vllm.v1.engine.exceptions:EngineDeadError", ""),
     Relied(
+        "vllm.config:VllmConfig",
+        has=("logging_config",),
+        since="0.31",
+        instead="`VLLM_CONFIGURE_LOGGING=0` while vLLM is imported keeps it from configuring loggers",
+    ),
+    Relied(
         "vllm.exceptions:GracefulHTTPError",
         has=("http_status",),
         since="0.29",
