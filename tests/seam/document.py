@@ -30,6 +30,8 @@ def differences() -> str:
     lines = ["| name | from | before that |", "| --- | --- | --- |"]
     for relied in sorted((each for each in RELIED if each.instead), key=lambda each: numbers(each.since)):
         module, _, name = relied.name.partition(":")
+        if sum(each.name == relied.name for each in RELIED) > 1:  # It is a field that is new, not its class.
+            name += f".{', '.join(relied.has)}"
         lines.append(f"| `{name}` of `{module}` | {relied.since} | {relied.instead} |")
     return "\n".join(lines)
 
