@@ -98,6 +98,7 @@ def make_engine(
             )
             engine.engine_core.output_processor = engine.output_processor
             older.pass_on_failures(engine)
+            failures.failure_class()  # Imported now, and not in the event loop at the first failure.
             return engine
     finally:
         _PENDING.reset(token)
