@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
 from pathlib import Path
 
@@ -101,3 +102,15 @@ def test_the_numbers_of_a_version_are_those_before_the_words() -> None:
     assert numbers("0.26.0rc1.dev3+cpu") == (0, 26, 0)
     assert numbers("0.33.1.dev4+g12ab") == (0, 33, 1)
     assert numbers("dev") == ()
+
+
+def test_the_extra_for_cuda_asks_for_the_window() -> None:
+    config = configparser.ConfigParser()
+    config.read(PAGE.parents[1] / "setup.cfg")
+    zero, newest = numbers(NEWEST)
+    assert config["options.extras_require"]["cuda"].split() == [f"vllm>={OLDEST},<{zero}.{newest + 1}"]
+
+
+def test_the_page_and_the_changelog_name_the_window() -> None:
+    assert f"dplaunch works with vLLM {seam.WINDOW}." in PAGE.read_text()
+    assert f"vLLM {seam.WINDOW}," in (PAGE.parents[1] / "CHANGELOG.md").read_text()
