@@ -494,7 +494,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    # vLLM before 0.27 may have something to say at the end.
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    found: dict[str, Any] = json.loads(line)
     return found
 
 
@@ -565,7 +567,7 @@ def test_vllms_metrics_are_all_made_through_classes_that_can_be_replaced() -> No
     own = loggers.PrometheusStatLogger
     assert {own._counter_cls, own._gauge_cls, own._histogram_cls} == {Counter, Gauge, Histogram}
     parts = [name for name in dir(own) if name.endswith("_cls")]
-    assert len(parts) == 7
+    assert len(parts) >= 6  # one more from 0.31 on
     for name in parts:
         if getattr(own, name) not in (Counter, Gauge, Histogram):
             assert [part for part in dir(getattr(own, name)) if part.endswith("_cls")]
