@@ -4,6 +4,7 @@ PYTHON ?= python3
 DEVICE ?= auto
 PORT ?= 8000
 BACKEND ?=
+VERSION ?= 0.33.0
 ARGS ?=
 
 BIN := .venv/bin
@@ -11,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest --reruns 1
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-gpu test-without-ray soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale bench-batch bench-weights compare-lm-eval clean
+.PHONY: help env run test test-gpu test-without-ray seam soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale bench-batch bench-weights compare-lm-eval clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
@@ -35,6 +36,9 @@ test-without-ray: env ## what may miss it, with Ray uninstalled (`make env` brin
 	@$(BIN)/python -m pip uninstall --quiet --yes ray
 	@rm -f $(STAMP)
 	@$(PYTEST) -m "not real" tests/unit tests/contract/test_group.py $(ARGS)
+
+seam: env ## what dplaunch needs of a vLLM version, checked in its sources (VERSION=0.33.0)
+	@$(BIN)/python -m tests.seam $(VERSION) $(ARGS)
 
 soak: env ## ten minutes of harm under load on mp and on ray, then real engines (ARGS="--seed 7 --minutes 2")
 	@$(BIN)/python -m tests.chaos.soak --backend mp $(ARGS)

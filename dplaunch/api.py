@@ -54,6 +54,7 @@ def launch(
     num_gpus: float = 1.0,
     placement_groups: Sequence[Any] = (),
     bundle_indices: Sequence[Sequence[int]] | None = None,
+    any_vllm: bool = False,
     progress: bool | None = None,
     listener: Listener | None = None,
     **engine_args: Any,
@@ -88,6 +89,7 @@ def launch(
         num_gpus: the share of a device that each worker of a rank holds; below 1 leaves room for a trainer beside it.
         placement_groups: your own Ray placement groups: one for each rank, or one for all.
         bundle_indices: for each rank the bundles of its placement group that are its own, for example [[0], [1]].
+        any_vllm: tries a vLLM that dplaunch was not checked with, as `DPLAUNCH_ANY_VLLM=1` does.
         progress: whether the start is shown; None shows it on a terminal.
         listener: told everything that happens to the group.
         **engine_args: vLLM's engine arguments, as `vllm.LLM` takes them: max_model_len=4096.
@@ -120,6 +122,7 @@ def launch(
         num_gpus=num_gpus,
         placement_groups=placement_groups,
         bundle_indices=bundle_indices,
+        any_vllm=any_vllm,
         engine_args=engine_args,
     )
     return Group(spec, progress=progress, listeners=[listener] if listener else [])
@@ -189,6 +192,7 @@ def make_spec(
     num_gpus: float = 1.0,
     placement_groups: Sequence[Any] = (),
     bundle_indices: Sequence[Sequence[int]] | None = None,
+    any_vllm: bool = False,
     engine_args: Mapping[str, Any] | None = None,
 ) -> LaunchSpec:
     """A LaunchSpec from the plain values that Python callers and the command give.
@@ -222,6 +226,7 @@ def make_spec(
             placement_groups=_several("placement_groups", placement_groups),
             bundle_indices=None if bundle_indices is None else _bundles(bundle_indices),
         ),
+        any_vllm=any_vllm,
     )
 
 

@@ -124,14 +124,13 @@ def _python() -> Iterator[Check]:
 
 def _vllm() -> Iterator[Check]:
     found = seam.installed_version()
-    supported = " and ".join(f"{prefix}.x" for prefix in seam.SUPPORTED)
     install = "Install one: pip install 'dplaunch[cuda]', or 'dplaunch[cpu]' where there is no NVIDIA device."
     if found is None:
         yield Check("vllm", Status.FAIL, "not installed", install)
     elif not seam.is_supported(found):
-        yield Check("vllm", Status.FAIL, f"{found}, but dplaunch works with {supported}", install)
+        yield Check("vllm", Status.FAIL, f"{found}, but dplaunch works with {seam.WINDOW}", install)
     else:
-        yield Check("vllm", Status.OK, f"{found} (supported: {supported})")
+        yield Check("vllm", Status.OK, f"{found} (supported: {seam.WINDOW})")
 
 
 def _torch() -> Iterator[Check]:

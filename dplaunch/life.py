@@ -95,9 +95,7 @@ class GroupLife(GroupParts):
         return self
 
     async def _open(self) -> None:
-        version = check_version(
-            seam.installed_version(), override=os.environ.get("DPLAUNCH_ANY_VLLM", "") not in ("", "0")
-        )
+        version = check_version(seam.installed_version(), override=self.spec.any_vllm or seam.override_in(os.environ))
         known_flags.check(version, self.spec.vllm_argv)
         backend = self._backend = load_backend(self.spec.backend)
         plan = self.plan = await plan_launch(self.spec, backend, say=lambda line: self._emit(Event(message=line)))

@@ -168,6 +168,7 @@ OPTIONS = (
     Option(name="env", help="A variable for every rank; may be repeated.", metavar="KEY=VALUE", multiple=True),
     Option(name="name", help="The group's id, the stem of every rank's names. A fresh one if left out."),
     Option(name="log_dir", help="Where each rank's log goes; by default under the user's state directory."),
+    Option(name="any_vllm", help="Try a vLLM that dplaunch was not checked with.", switch=True),
     Option(name="tee", help="Show the ranks' output too, with the rank in front.", switch=True),
     Option(name="quiet", help="Show the address, warnings and errors only.", switch=True),
     Option(name="json_logs", help="Write events as one JSON object a line.", switch=True),

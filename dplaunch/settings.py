@@ -113,6 +113,7 @@ def build_spec(options: Mapping[str, Any], vllm_argv: Sequence[str]) -> LaunchSp
             nodes=parse_nodes(options["nodes"]),
             num_gpus=options["num_gpus"],
         ),
+        any_vllm=options["any_vllm"],
     )
 
 

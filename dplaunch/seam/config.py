@@ -16,6 +16,7 @@ from typing import Any
 
 from dplaunch.errors import DplaunchError, ModelError, UsageError, VllmError
 from dplaunch.known_flags import unknown_flag
+from dplaunch.seam import older
 
 LINE_CHARS = 300
 """How much of what vLLM said goes into a message: the reason, without its lists."""
@@ -151,7 +152,6 @@ def _engine_args(request: ConfigRequest) -> Any:
 
 def _server_args(request: ConfigRequest) -> tuple[Any, argparse.Namespace, frozenset[str]]:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
     parser = make_parser()
     args, unknown = parser.parse_known_args(["--model", request.model, *request.argv])
@@ -160,20 +160,19 @@ def _server_args(request: ConfigRequest) -> tuple[Any, argparse.Namespace, froze
         raise unknown_flag(unknown[0].partition("=")[0], known)
     for name, value in request.defaults.items():
         setattr(args, name, value)
-    validate_parsed_serve_args(args)
+    older.moved("validate_parsed_serve_args")(args)
     return AsyncEngineArgs.from_cli_args(args), args, known
 
 
 def make_parser() -> Any:
     """vLLM's own parser of server flags; it raises UsageError where argparse would end the process."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> Any:
             raise UsageError(f"vLLM refuses a flag: {message}", hint="`vllm serve --help=all` lists them all.")
 
-    return make_arg_parser(Parser(prog="dplaunch"))
+    return older.moved("make_arg_parser")(Parser(prog="dplaunch"))
 
 
 def _did_you_mean(name: str, known: set[str]) -> str:
@@ -210,9 +209,9 @@ def check_version(found: str | None, *, override: bool = False) -> str:
     Raises:
         VllmError: when there is none, or one that the seam was not checked with.
     """
-    from dplaunch.seam import SUPPORTED, is_supported
+    from dplaunch.seam import OVERRIDE, WINDOW, is_supported
+    from dplaunch.seam.relied import NEWEST
 
-    window = ", ".join(f"{prefix}.*" for prefix in SUPPORTED)
     if found is None:
         raise VllmError(
             "vLLM is not installed",
@@ -220,7 +219,7 @@ def check_version(found: str | None, *, override: bool = False) -> str:
         )
     if not override and not is_supported(found):
         raise VllmError(
-            f"vLLM {found} is installed, but this dplaunch works with {window}",
-            hint=f"pip install 'vllm=={SUPPORTED[-1]}.*', or set DPLAUNCH_ANY_VLLM=1 to try at your own risk.",
+            f"vLLM {found} is installed, but this dplaunch works with {WINDOW}",
+            hint=f"pip install 'vllm=={NEWEST}.*', or try it as it is: --any-vllm, any_vllm=True or {OVERRIDE}=1.",
         )
     return found

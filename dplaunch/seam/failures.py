@@ -14,6 +14,7 @@ from typing import Any
 
 from dplaunch.errors import DplaunchError, RequestError
 from dplaunch.inflight import Failed
+from dplaunch.seam import older
 
 RETRY_AFTER_S = 1
 """What a client is told to wait before it tries again, seconds: a moved load settles in less."""
@@ -22,6 +23,8 @@ RETRY_AFTER_S = 1
 @functools.cache
 def failure_class() -> type[RequestError]:
     """The class of errors that vLLM passes on."""
+    if not older.has_graceful_errors():
+        return older.failure_class()
     from vllm.exceptions import GracefulHTTPError
 
     class RequestFailure(RequestError, GracefulHTTPError):  # type: ignore[misc]

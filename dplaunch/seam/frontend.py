@@ -18,7 +18,7 @@ from typing import Any
 from dplaunch.client import GroupClient
 from dplaunch.errors import DplaunchError, GroupDeadError
 from dplaunch.inflight import Failed
-from dplaunch.seam import failures
+from dplaunch.seam import failures, older
 from dplaunch.seam.traits import engine_traits
 
 _PENDING: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar("pending", default=None)
@@ -82,7 +82,7 @@ def make_engine(
 
     _install_factory()
     if quiet:
-        config.logging_config.configure_logging = False
+        older.quiet_config(config)
     config.parallel_config.data_parallel_size = ranks
     config.parallel_config.data_parallel_size_local = ranks
     make_client = functools.partial(_make_client, client=client, ranks=ranks, ready_responses=ready_responses)
@@ -97,6 +97,8 @@ def make_engine(
                 log_requests=log_requests,
             )
             engine.engine_core.output_processor = engine.output_processor
+            older.pass_on_failures(engine)
+            failures.failure_class()  # Imported now, and not in the event loop at the first failure.
             return engine
     finally:
         _PENDING.reset(token)

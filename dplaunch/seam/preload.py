@@ -8,9 +8,10 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+from dplaunch.seam.names import modules_of
+
 MODULES = (
     "vllm.engine.arg_utils",
-    "vllm.entrypoints.launchers.cli_args",
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.executor.multiproc_executor",
@@ -43,7 +44,7 @@ def preload() -> None:
 
     # One thread until the rank says how many: a pool made here would be dead in every fork.
     torch.set_num_threads(1)
-    for name in MODULES + (CUDA_MODULES if _cuda_build() else CPU_MODULES):
+    for name in modules_of("make_arg_parser") + MODULES + (CUDA_MODULES if _cuda_build() else CPU_MODULES):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 

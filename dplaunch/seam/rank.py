@@ -17,6 +17,7 @@ from dplaunch.backend import RankBoot
 from dplaunch.channel import COMPILING, RankChannel
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
 from dplaunch.seam import lora
+from dplaunch.seam.older import OlderCore
 from dplaunch.seam.weights import RankWeights
 
 REPORT = "dplaunch_report"
@@ -137,7 +138,7 @@ def _with_phases(base: type[Any], channel: RankChannel, *, eager: bool) -> type[
 def _reporting(base: type[Any], boot: RankBoot, channel: RankChannel) -> type[Any]:
     """The engine core class that knows which rank it is and can tell."""
 
-    class RankEngineCore(RankWeights, base):  # type: ignore[misc]
+    class RankEngineCore(RankWeights, base, OlderCore):  # type: ignore[misc]
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             # Set before anything is built: KV event ports, seeds and compile caches follow it.
             vllm_config.parallel_config.data_parallel_index = boot.rank

@@ -1,6 +1,6 @@
 """Requests and outputs of vLLM, changed for a rank that takes a request over from another.
 
-By attribute and without importing vLLM. Checked with 0.32: `EngineCoreRequest`, `EngineCoreOutput`,
+By attribute and without importing vLLM. Checked with 0.26 to 0.33: `EngineCoreRequest`, `EngineCoreOutput`,
 `SamplingParams`, and that `LogprobsLists` and `SamplingMaskLists` in an output hold that request's rows alone.
 """
 
@@ -23,7 +23,7 @@ def continued(request: Any, tokens: Sequence[int]) -> Any:
         params.max_tokens -= len(tokens)
     params.min_tokens = max(0, params.min_tokens - len(tokens))
     # They came with the first token.
-    params.prompt_logprobs = params.prompt_logprob_token_ids = params.prompt_logprob_start = None
+    _clear(params, "prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start")
     return msgspec.structs.replace(
         request, prompt_token_ids=[*request.prompt_token_ids, *tokens], sampling_params=params
     )
@@ -31,8 +31,7 @@ def continued(request: Any, tokens: Sequence[int]) -> Any:
 
 def forget_prompt(output: Any) -> None:
     """Takes out of an output what is said of a prompt once, and was said: the frontend would count it twice."""
-    output.new_prompt_logprobs_tensors = output.prompt_token_id_logprobs = None
-    output.prefill_stats = output.events = None
+    _clear(output, "new_prompt_logprobs_tensors", "prompt_token_id_logprobs", "prefill_stats", "events")
 
 
 def cut_front(output: Any, count: int) -> None:
@@ -41,8 +40,15 @@ def cut_front(output: Any, count: int) -> None:
     output.new_token_ids = output.new_token_ids[count:]
     if output.new_logprobs is not None:
         output.new_logprobs = output.new_logprobs.slice_request(count, left)
-    if output.new_sampling_mask is not None:
-        output.new_sampling_mask = output.new_sampling_mask.slice_request(count, left) if left else None
+    # vLLM has it from 0.28 on.
+    if (mask := getattr(output, "new_sampling_mask", None)) is not None:
+        output.new_sampling_mask = mask.slice_request(count, left) if left else None
+
+
+def _clear(struct: Any, *names: str) -> None:
+    # The logprobs of chosen tokens of a prompt are there from 0.31 on.
+    for name in set(names).intersection(struct.__struct_fields__):
+        setattr(struct, name, None)
 
 
 def departures(params: Any) -> set[str]:

@@ -83,7 +83,7 @@ def unpack(record: Mapping[str, Any], lora_request: Any = None) -> Any:
 
 
 def _pack_choice(choice: Any) -> dict[str, Any]:
-    spans = choice.weight_versions
+    spans = getattr(choice, "weight_versions", None)  # From 0.32 on.
     return {
         "index": choice.index,
         "text": choice.text,
@@ -97,9 +97,8 @@ def _pack_choice(choice: Any) -> dict[str, Any]:
 
 
 def _unpack_choice(record: Mapping[str, Any], lora_request: Any) -> Any:
-    from vllm.outputs import CompletionOutput, WeightVersionSpan
+    from vllm.outputs import CompletionOutput
 
-    spans = record["weight_versions"]
     return CompletionOutput(
         index=record["index"],
         text=record["text"],
@@ -109,8 +108,19 @@ def _unpack_choice(record: Mapping[str, Any], lora_request: Any) -> Any:
         finish_reason=record["finish_reason"],
         stop_reason=record["stop_reason"],
         lora_request=lora_request,
-        weight_versions=None if spans is None else [WeightVersionSpan(*span) for span in spans],
+        **_weight_versions(record["weight_versions"]),
     )
+
+
+def _weight_versions(spans: Sequence[Any] | None) -> dict[str, Any]:
+    """A CompletionOutput's argument for them; none before 0.32, which has no place for them."""
+    if spans is None:
+        return {}
+    try:
+        from vllm.outputs import WeightVersionSpan
+    except ImportError:
+        return {}
+    return {"weight_versions": [WeightVersionSpan(*span) for span in spans]}
 
 
 def _pack_logprobs(positions: Any) -> list[Any] | None:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dplaunch.seam import failures
+from dplaunch.seam import failures, older
 
 
 def import_server() -> None:
     """Imports what the app needs, while the ranks load."""
-    import vllm.entrypoints.launchers.api_server.app_state
-    import vllm.entrypoints.launchers.app
     import vllm.entrypoints.openai.chat_completion.serving  # noqa: F401
+
+    older.moved("init_app_state")
+    older.moved("build_app")
 
 
 async def make_app(engine: Any, args: argparse.Namespace) -> Any:
     """The FastAPI app: chat, completions, embeddings where the model has them, /metrics, /health and the rest."""
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
-
     tasks = await engine.get_supported_tasks()
-    app = build_app(args, tasks, engine.model_config)
-    await init_app_state(engine, app.state, args, tasks)
+    app = older.moved("build_app")(args, tasks, engine.model_config)
+    await older.moved("init_app_state")(engine, app.state, args, tasks)
     failures.tell_when_to_retry(app)
     return app
 

@@ -16,9 +16,10 @@ def engine_traits(config: Any) -> EngineTraits:
     no_continue = no_repeat = ""
     if config.model_config.logits_processors or entry_points(group=LOGITS_PROCESSORS):
         no_continue = "the engine has logits processors of its own, which may remember"
-    elif config.watermark_config is not None:
+    elif getattr(config, "watermark_config", None) is not None:  # From 0.30 on.
         no_continue = "the engine watermarks its text"
-    if config.aux_output_config.enable_return_routed_experts:
+    # Up to 0.30 it is the model's config that says so.
+    if getattr(config, "aux_output_config", config.model_config).enable_return_routed_experts:
         no_repeat = "the experts that its tokens went through are asked for"
     scheduler = config.scheduler_config
     slots = scheduler.max_num_seqs if scheduler.policy == "fcfs" else None

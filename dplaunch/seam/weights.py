@@ -3,8 +3,8 @@
 Tensors go through vLLM's own weight-transfer session (`Worker.start_weight_update`, `update_weights`,
 `finish_weight_update`) with an engine of ours that maps buckets of shared memory; a checkpoint goes through
 `Worker.reload_weights`. Both load layer by layer into the tensors that are there, so that captured graphs and the KV
-cache stay. Source: vllm/v1/worker/gpu_worker.py and vllm/model_executor/model_loader/reload, checked with 0.32; the
-CPU worker inherits all of it, with two gaps that are closed here:
+cache stay. Source: vllm/v1/worker/gpu_worker.py and vllm/model_executor/model_loader/reload, checked with 0.26 to
+0.33; the CPU worker inherits all of it, with two gaps that are closed here:
 
 * A tied output layer keeps the packed copy of the embedding that it made at the start, and so answers with old weights
   (`dispatch_cpu_unquantized_gemm`): see `_pack_again`.
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dplaunch import bucket
+from dplaunch.seam import older
 
 ENGINE = "dplaunch"
 """The name of our weight-transfer engine in vLLM's factory."""
@@ -137,13 +138,15 @@ def begin(worker: Any) -> None:
         setattr(worker, _KEPT, own)
         worker.weight_transfer_engine = _make_engine(worker)
     worker.weight_transfer_engine.loaded.clear()
-    worker.start_weight_update()
+    with older.config_of(worker):
+        worker.start_weight_update()
 
 
 def load(worker: Any, path: str, entries: Sequence[Any]) -> None:
     """Loads a bucket into the session that is open."""
     worker = getattr(worker, "worker", worker)
-    worker.update_weights({"path": path, "entries": entries})
+    with older.config_of(worker):
+        worker.update_weights({"path": path, "entries": entries})
 
 
 def end(worker: Any) -> None:
@@ -155,7 +158,8 @@ def end(worker: Any) -> None:
     worker = getattr(worker, "worker", worker)
     ours = worker.weight_transfer_engine
     try:
-        worker.finish_weight_update()
+        with older.config_of(worker):
+            worker.finish_weight_update()
     finally:
         worker.weight_transfer_engine = getattr(worker, _KEPT, None)
     ours.check_complete()
@@ -166,7 +170,8 @@ def end(worker: Any) -> None:
 def reload(worker: Any, path: str | None) -> None:
     """Loads a checkpoint into the model."""
     worker = getattr(worker, "worker", worker)
-    worker.reload_weights(weights_path=path or worker.model_config.model)
+    with older.config_of(worker):
+        worker.reload_weights(weights_path=path or worker.model_config.model)
     _pack_again(worker)
 
 
@@ -208,7 +213,6 @@ class BucketInfo:
 def _engine_class() -> type[Any]:
     import torch
     from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo
-    from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     class BucketEngine(WeightTransferEngine):  # type: ignore[misc]
@@ -235,7 +239,7 @@ def _engine_class() -> type[Any]:
 
         def receive_weights(self, update_info: BucketInfo) -> None:
             # A layer that goes on in the next bucket keeps its tensors, and with them this bucket's memory.
-            with disable_mtp_completeness_check():
+            with older.without_mtp_check():
                 weights = bucket.tensors_in(update_info.path, update_info.entries)
                 self.loaded |= self.model.load_weights(weights) or set()
 
@@ -253,5 +257,10 @@ def _engine_class() -> type[Any]:
 
         def shutdown(self) -> None:
             """Nothing is held."""
+
+        @staticmethod
+        def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+            """The other end, which vLLM before 0.28 wants to have here too; ours is the launcher."""
+            raise NotImplementedError("weights come from the launcher: group.update_weights")
 
     return BucketEngine

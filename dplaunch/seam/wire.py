@@ -1,7 +1,8 @@
 """vLLM's wire protocol between a frontend and an engine core: constants at once, codecs when vLLM is imported.
 
 Source: vllm/v1/engine/core.py (EngineCoreProc), vllm/v1/engine/__init__.py and vllm/v1/serial_utils.py, checked
-with 0.32. Messages to an engine: [request type, payload frames...]; from it: the frames of one EngineCoreOutputs.
+with 0.26 to 0.33. Messages to an engine: [request type, payload frames...]; from it: the frames of one
+EngineCoreOutputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The messages of vLLM's engine-core protocol that the stand-in engine needs, checked with vLLM 0.32.
+"""The messages of vLLM's engine-core protocol that the stand-in engine needs, checked with vLLM 0.26 to 0.33.
 
 vLLM encodes its structs as arrays and appends new fields at the end, so only the leading fields that are used
 have to be named here, and both sides ignore or default the rest.

@@ -146,7 +146,9 @@ def main(model: str) -> None:
         ],
         "errors": {name: error({"model": model, **options}) for name, options in CASES.items()},
     }
-    sys.stdout.write(f"\n{json.dumps(told)}\n")
+    sys.stdout.flush()
+    # Not through sys.stdout: vLLM before 0.31 puts a name before each line that is written there.
+    os.write(1, f"\n{json.dumps(told)}\n".encode())
 
 
 if __name__ == "__main__":

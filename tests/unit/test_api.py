@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import dplaunch
+from dplaunch import seam
 from dplaunch.api import Launching, launch, launch_async, make_spec
-from dplaunch.errors import BackendError, UsageError
+from dplaunch.errors import BackendError, DplaunchError, UsageError, VllmError
 from dplaunch.events import Event
 from dplaunch.group import AsyncGroup
 from dplaunch.spec import (
@@ -145,6 +146,19 @@ async def test_an_unknown_backend_is_told_with_those_that_there_are() -> None:
 def test_a_sync_launch_that_fails_leaves_no_thread_behind() -> None:
     with pytest.raises(BackendError, match="unknown backend 'slurm'"):
         launch("m", backend="slurm", progress=False)
+
+
+@pytest.mark.parametrize("ask", ["nobody", "a keyword", "a variable"])
+async def test_another_vllm_is_refused_before_anything_else_unless_it_is_asked_for(
+    ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seam, "installed_version", lambda: "0.25.1")
+    if ask == "a variable":
+        monkeypatch.setenv(seam.OVERRIDE, "1")
+    # Had it gone on, it would have come to the backend, which there is none of.
+    error: type[DplaunchError] = VllmError if ask == "nobody" else BackendError
+    with pytest.raises(error, match="0.25.1" if ask == "nobody" else "slurm"):
+        await launch_async("m", backend="slurm", any_vllm=ask == "a keyword", progress=False)
 
 
 def test_every_public_name_is_there_and_others_are_not() -> None:

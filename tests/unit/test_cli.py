@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dplaunch import backend as backends
-from dplaunch import demo
+from dplaunch import demo, seam
 from dplaunch._version import __version__
 from dplaunch.cli import main
 from dplaunch.errors import AddressError, ExitCode, ModelError
@@ -134,6 +134,13 @@ def test_the_command_line_beats_variables_and_these_the_file(
     assert (spec.dp, ui.port, ui.host, spec.log_dir) == (4, 2, "file", Path("/file"))
     assert (ui.tee, ui.quiet, ui.json_logs) == (True, False, False)
     assert spec.vllm_argv == ("--seed=1", "--seed", "2")
+
+
+def test_any_vllm_is_a_flag_and_a_variable(serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not serve()[0].any_vllm
+    assert serve("--any-vllm")[0].any_vllm
+    monkeypatch.setenv(seam.OVERRIDE, "1")
+    assert serve()[0].any_vllm
 
 
 def test_the_servers_exit_code_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:

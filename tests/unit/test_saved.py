@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from dplaunch import seam
 from dplaunch.seam import frontend, saved
+from dplaunch.seam.relied import numbers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,14 +23,15 @@ def _vllm() -> None:
 def answered() -> Any:
     """An output with all that a file keeps."""
     from vllm.logprobs import Logprob
-    from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
+    from vllm.outputs import CompletionOutput, RequestOutput
 
     logprobs = [{5: Logprob(-0.25, 1, "é"), 7: Logprob(-math.inf, None, None)}, {6: Logprob(-1.5, 3, "\ud800")}]
+    versions = saved._weight_versions([("v1", 0, 2)])
+    assert bool(versions) == (numbers(str(seam.installed_version())) >= (0, 32))
     choices = [
-        CompletionOutput(0, "é?", [5, 6], -1.75, logprobs, finish_reason="stop", stop_reason="?"),
+        CompletionOutput(0, "é?", [5, 6], -1.75, logprobs, finish_reason="stop", stop_reason="?", **versions),
         CompletionOutput(1, "", [], None, None, finish_reason="length", stop_reason=None),
     ]
-    choices[0].weight_versions = [WeightVersionSpan("v1", 0, 2)]
     return RequestOutput("r-3", "Wie?", [1, 2], [None, {2: Logprob(-3.0, 1, "x")}], choices, True, num_cached_tokens=1)
 
 

@@ -1,0 +1,194 @@
+"""What the seam relies on in a rank and on the wire. See names.py."""
+
+from __future__ import annotations
+
+from dplaunch.seam.relied import Relied, calls, fields
+
+RANK = (
+    Relied(
+        "vllm.v1.engine.core:EngineCoreProc.run_engine_core",
+        "vllm_config=, local_client=, handshake_address=, executor_class=, log_stats=, dp_rank=, local_dp_rank=",
+        mentions=("EngineCoreProc", "data_parallel_index"),
+    ),
+    *calls(
+        "vllm.v1.engine.core",
+        {
+            "EngineCoreProc.__init__": "self, vllm_config=, local_client=, handshake_address=, executor_class=, "
+            "log_stats=, engine_index=",
+            "EngineCoreProc.pause_scheduler": "self, mode, clear_cache",
+            "EngineCoreProc.resume_scheduler": "self",
+            "EngineCore.collective_rpc": "self, method, args=",
+            "EngineCore.reset_prefix_cache": "self, reset_running_requests, reset_connector",
+            "EngineCore.sleep": "self, level, mode",
+            "EngineCore.wake_up": "self, tags",
+            "EngineCore.add_lora": "self, lora_request",
+            "EngineCore.remove_lora": "self, lora_id",
+        },
+    ),
+    Relied(
+        "vllm.v1.engine.core:EngineCore.set_weight_version",
+        "self, weight_version",
+        since="0.27",
+        instead="only the launcher knows the version",
+    ),
+    Relied(
+        "vllm.v1.engine.core:EngineCore.compute_weight_checksums",
+        "self",
+        since="0.32",
+        instead="digests of the same parameters, made by us",
+    ),
+    *calls(
+        "vllm.v1.executor",
+        {
+            "Executor.get_class": "vllm_config",
+            "Executor._init_executor": "self",
+            "Executor.determine_available_memory": "self",
+            "Executor.initialize_from_config": "self, kv_cache_configs",
+        },
+    ),
+    Relied(
+        "vllm.v1.executor:Executor.compile_or_warm_up_model",
+        "self",
+        since="0.27",
+        instead='`initialize_from_config` does it; the phase "capturing" is told as "allocating"',
+    ),
+    Relied("vllm.v1.executor.ray_utils:build_actor_name", "instance_id, rank, tp_size, pp_size, pcp_size"),
+    Relied("vllm.v1.executor.ray_utils:initialize_ray_cluster", "parallel_config"),
+    Relied("vllm.v1.executor.ray_utils:get_bundles_for_indices", "placement_group, bundle_indices, world_size"),
+    Relied("vllm.v1.executor.ray_utils:get_bundles_sorted_by_node", "placement_group"),
+    *fields(
+        {
+            "vllm.config:VllmConfig": "instance_id kv_transfer_config parallel_config scheduler_config model_config",
+            "vllm.config:KVTransferConfig": "engine_id",
+            "vllm.config:ParallelConfig": "data_parallel_index data_parallel_size data_parallel_size_local "
+            "distributed_executor_backend placement_group ray_runtime_env",
+            "vllm.config:ModelConfig": "logits_processors enforce_eager revision get_diff_sampling_param",
+            "vllm.config:SchedulerConfig": "policy max_num_seqs",
+        }
+    ),
+    Relied(
+        "vllm.config:VllmConfig",
+        has=("watermark_config",),
+        since="0.30",
+        instead="there are no watermarks that a continued answer would lose",
+    ),
+    Relied(
+        "vllm.config:VllmConfig",
+        has=("aux_output_config",),
+        since="0.31",
+        instead="the model's config says whether routed experts are returned",
+    ),
+    Relied("vllm.config:ModelConfig", has=("enable_return_routed_experts",), until="0.30"),
+)
+
+WEIGHTS = (
+    *calls(
+        "vllm.v1.worker.gpu_worker",
+        {
+            "Worker.start_weight_update": "self",
+            "Worker.update_weights": "self, update_info",
+            "Worker.finish_weight_update": "self",
+            "Worker.reload_weights": "self, weights_path=",
+        },
+    ),
+    Relied(
+        "vllm.v1.worker.gpu_worker:Worker",
+        has=("weight_transfer_engine", "model_runner", "vllm_config", "device", "model_config", "rank"),
+    ),
+    *calls(
+        "vllm.v1.worker.gpu_model_runner",
+        {
+            "GPUModelRunner.reload_weights": "self, weights_path=",
+            "GPUModelRunner.reset_encoder_cache": "self",
+            "GPUModelRunner.reset_mm_cache": "self",
+            "GPUModelRunner.get_model": "self",
+        },
+    ),
+    Relied("vllm.config:set_current_vllm_config", "vllm_config"),
+    Relied("vllm.config.weight_transfer:WeightTransferConfig", "backend="),
+    *calls(
+        "vllm.distributed.weight_transfer.base",
+        {
+            "WeightTransferEngine": "config, vllm_config, device, model",
+            "WeightTransferEngine.parse_update_info": "self, update_dict",
+            "WeightTransferInitInfo": "",
+        },
+    ),
+    *calls(
+        "vllm.distributed.weight_transfer.factory",
+        {
+            "WeightTransferEngineFactory.register_engine": "name, module_path_or_cls",
+            "WeightTransferEngineFactory.create_engine": "config, vllm_config, device, model",
+        },
+    ),
+    *calls(
+        "vllm.model_executor.model_loader.reload",
+        {"initialize_layerwise_reload": "model", "finalize_layerwise_reload": "model, model_config"},
+    ),
+    Relied(
+        "vllm.model_executor.model_loader.mtp_validation:disable_mtp_completeness_check",
+        "",
+        since="0.27",
+        instead="there is no check to turn off",
+    ),
+    Relied("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "layer, remove_weight"),
+    Relied("vllm.lora.request:LoRARequest", "lora_name, lora_int_id, lora_path"),
+    *calls(
+        "vllm.v1.worker.gpu_worker",
+        {
+            "Worker.init_weight_transfer_engine": "self, init_info",
+            "Worker.shutdown_weight_transfer_engine": "self",
+            "Worker.start_draft_weight_update": "self",
+        },
+    ),
+    *calls(
+        "vllm.lora.ops.torch_ops.lora_ops",
+        {
+            "bgmv_expand": "inputs, lora_b_weights, output_tensor, lora_indices_tensor, add_inputs=",
+            "bgmv_expand_slice": "inputs, lora_b_weights, output_tensor, lora_indices_tensor, slice_offset, "
+            "slice_size, add_inputs=",
+        },
+    ),
+    Relied("vllm.lora.punica_wrapper.punica_cpu:bgmv_expand"),
+    Relied("vllm.lora.punica_wrapper.punica_cpu:bgmv_expand_slice"),
+    Relied("vllm.config:VllmConfig", has=("lora_config", "device_config")),
+)
+
+WIRE = (
+    Relied("vllm.v1.serial_utils:MsgpackEncoder", ""),
+    Relied("vllm.v1.serial_utils:MsgpackEncoder.encode", "self, obj"),
+    Relied("vllm.v1.serial_utils:MsgpackDecoder", "t"),
+    Relied("vllm.v1.serial_utils:MsgpackDecoder.decode", "self, bufs"),
+    Relied("vllm.v1.pool.late_interaction:get_late_interaction_engine_index", "pooling_params, num_engines"),
+    Relied(
+        "vllm.v1.engine.utils:EngineZmqAddresses",
+        "inputs=, outputs=, coordinator_input=, coordinator_output=, frontend_stats_publish_address=",
+    ),
+    Relied("vllm.v1.engine.utils:EngineHandshakeMetadata", "addresses=, parallel_config="),
+    *fields(
+        {
+            "vllm.v1.engine:EngineCoreRequest": "request_id data_parallel_rank client_index resumable "
+            "abort_immediately pooling_params prompt_token_ids sampling_params mm_features prompt_embeds "
+            "external_req_id",
+            "vllm.v1.engine:EngineCoreOutputs": "engine_index outputs scheduler_stats utility_output finished_requests",
+            "vllm.v1.engine:EngineCoreOutput": "request_id new_token_ids finish_reason new_logprobs "
+            "new_prompt_logprobs_tensors events prefill_stats",
+            "vllm.v1.engine:UtilityOutput": "call_id failure_message result",
+            "vllm.v1.serial_utils:UtilityResult": "result",
+            "vllm.sampling_params:SamplingParams": "max_tokens min_tokens prompt_logprobs",
+        }
+    ),
+    Relied(
+        "vllm.v1.engine:EngineCoreOutput",
+        has=("new_sampling_mask",),
+        since="0.28",
+        instead="there are no sampling masks to cut when a request moves",
+    ),
+    Relied(
+        "vllm.v1.engine:EngineCoreOutput",
+        has=("prompt_token_id_logprobs",),
+        since="0.31",
+        instead="logprobs of chosen tokens of a prompt are not given",
+    ),
+    *fields({"vllm.sampling_params:SamplingParams": "prompt_logprob_token_ids prompt_logprob_start"}, since="0.31"),
+)
