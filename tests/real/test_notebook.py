@@ -105,9 +105,7 @@ def pid_of_rank_1(kernel: Kernel) -> int:
     return int(kernel.run("group.call('dplaunch_report', rank=1)[0]['pid']")[0])
 
 
-@pytest.mark.leaves(
-    "jupyter's client keeps event loops in this process; the kernel's processes are waited for by the test"
-)
+@pytest.mark.leaves("jupyter's client keeps event loops here; the test waits for the kernel's processes")
 def test_a_group_in_a_notebook_survives_the_stop_button_and_a_ranks_death_and_ends_with_the_kernel(
     kernel: Kernel, smollm: str, tmp_path: Path
 ) -> None:
