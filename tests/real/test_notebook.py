@@ -30,22 +30,26 @@ group = Group(standin_spec({model!r}, Path({logs!r}), StandInPlan(token_delay_s=
 """Six lines of a user's, more or less: engines that take their time."""
 
 ANSWERS = """
-outputs = group.generate([[1, 2, 3]] * 8, SamplingParams(max_tokens={tokens}, detokenize=False))
+params = [SamplingParams(max_tokens=count, detokenize=False) for count in {tokens}]
+outputs = group.generate([[1, 2, 3]] * len(params), params)
 [len(output.outputs[0].token_ids) for output in outputs]
 """
 
-FEW, MANY = 4, 100
-"""Tokens of answers that are there at once, and of those that take two seconds."""
+FEW = [4] * 8
+"""Tokens of answers that are there at once."""
 
-ENDLESS = 1000
-"""Twenty seconds."""
+SOME = [60] * 4 + [200] * 4
+"""Half of them take more than the second after which a bar is drawn, the others four."""
+
+ENDLESS = [60] * 4 + [900] * 4
+"""The last take twenty seconds."""
 
 
 class Kernel:
     """A kernel in a process of its own, and a client of it, as a notebook is."""
 
     def __init__(self, directory: Path) -> None:
-        self._manager = manager.KernelManager(connection_file=str(directory / "kernel.json"))
+        self._manager = manager.KernelManager(transport="ipc", connection_file=str(directory / "kernel.json"))
         env = {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(directory), "JUPYTER_RUNTIME_DIR": str(directory)}
         self._manager.start_kernel(env={**os.environ, **env})
         self.pid: int = self._manager.provisioner.pid
@@ -97,6 +101,11 @@ def kernel(tmp_path: Path) -> Iterator[Kernel]:
     kernel.shut_down()
 
 
+def pid_of_rank_1(kernel: Kernel) -> int:
+    return int(kernel.run("group.call('dplaunch_report', rank=1)[0]['pid']")[0])
+
+
+@pytest.mark.leaves("jupyter's client keeps event loops here; the test waits for the kernel's processes")
 def test_a_group_in_a_notebook_survives_the_stop_button_and_a_ranks_death_and_ends_with_the_kernel(
     kernel: Kernel, smollm: str, tmp_path: Path
 ) -> None:
@@ -105,23 +114,24 @@ def test_a_group_in_a_notebook_survives_the_stop_button_and_a_ranks_death_and_en
     everyone = family(kernel.pid)
     assert len(everyone) >= 3  # the helper and two ranks
 
-    # One line that is overwritten.
-    result, written, _ = kernel.run(ANSWERS.format(tokens=FEW))
-    assert result == str([FEW] * 8)
-    assert re.fullmatch(r"(\r[█░]{30} \d/8 prompts [^\n]*)+\n", written), written
-    assert "█ 8/8 prompts" in written
+    assert kernel.run(ANSWERS.format(tokens=FEW)) == (str(FEW), "", "")
 
     _, _, error = kernel.run(ANSWERS.format(tokens=ENDLESS), when_it_shows=kernel.interrupt)
     assert error == "KeyboardInterrupt"
     assert kernel.run("group._group.client.unfinished, group.ranks_up")[0] == "(0, [0, 1])"
-    assert kernel.run(ANSWERS.format(tokens=FEW))[0] == str([FEW] * 8)
+    assert kernel.run(ANSWERS.format(tokens=FEW))[0] == str(FEW)
 
-    pid = int(kernel.run("group.call('dplaunch_report', rank=1)[0]['pid']")[0])
-    result, _, error = kernel.run(ANSWERS.format(tokens=MANY), when_it_shows=lambda: os.kill(pid, signal.SIGKILL))
-    assert (result, error) == (str([MANY] * 8), "")
+    def kill() -> None:
+        os.kill(pid, signal.SIGKILL)
+
+    pid = pid_of_rank_1(kernel)
+    result, written, error = kernel.run(ANSWERS.format(tokens=SOME), when_it_shows=kill)
+    assert (result, error) == (str(SOME), "")
+    # One line, overwritten.
+    assert re.fullmatch(r"(\r[█░]{30} \d/8 prompts [^\n\r]*)+\n", written), written
+    assert re.search(r"█{30} 8/8 prompts .*tokens/s .*ranks \d+/\d+% ", written), written
     poll_until(lambda: kernel.run("group.ranks_up")[0] == "[0, 1]", START_S, "the killed rank to be back")
-    (again,) = (int(kernel.run(f"group.call('dplaunch_report', rank={rank})[0]['pid']")[0]) for rank in (1,))
-    assert again != pid
+    assert pid_of_rank_1(kernel) != pid
 
     # Nobody closes the group.
     everyone = [*everyone, *family(kernel.pid)]
