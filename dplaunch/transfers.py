@@ -32,8 +32,14 @@ class _Session:
     """An update from its start to its finish; the source and the task are there from its first part on."""
 
     draft: bool
+    since: float
+    """When it was started, monotonic seconds."""
     source: Posted | Relayed | None = None
     task: asyncio.Task[WeightUpdate] | None = None
+
+    def is_over(self) -> bool:
+        """Whether it has ended, or its trainer has gone before it sent anything."""
+        return time.monotonic() - self.since > GAP_S if self.task is None else self.task.done()
 
 
 class Transfers:
@@ -105,16 +111,16 @@ class Transfers:
             UsageError: when one is under way already.
             WeightsError: when ranks were started since the trainer met them.
         """
-        if self._session is not None and (self._session.task is None or not self._session.task.done()):
+        if self._session is not None and not self._session.is_over():
             raise UsageError(
                 "an update of the weights is under way already",
                 hint=f"It ends with /finish_weight_update, or {GAP_S:.0f} s after the trainer's last word.",
             )
-        self._session = _Session(draft)
+        session = self._session = _Session(draft, time.monotonic())
         if self._members:
             self._check_members()
             # Now, and not with the first part: the trainer begins to send while that is on its way.
-            await self._begin(Relayed("start_draft_weight_update" if draft else "start_weight_update"))
+            await self._begin(session, _relayed(session))
 
     def _check_members(self) -> None:
         present = self._present()
@@ -161,16 +167,18 @@ class Transfers:
 
     async def _first(self, session: _Session, options: Mapping[str, Any] | None) -> _Session:
         if options is None:
-            return await self._begin(Relayed("start_draft_weight_update" if session.draft else "start_weight_update"))
-        mode = options.get("mode", "wait")
-        return await self._begin(Posted(options.get("keep", True) is True), mode, options.get("verify", True) is True)
+            return await self._begin(session, _relayed(session))
+        source, verify = Posted(options.get("keep", True) is True), options.get("verify", True) is True
+        return await self._begin(session, source, options.get("mode", "wait"), verify)
 
-    async def _begin(self, source: Posted | Relayed, mode: PauseMode = "wait", verify: bool = False) -> _Session:
+    async def _begin(
+        self, session: _Session, source: Posted | Relayed, mode: PauseMode = "wait", verify: bool = False
+    ) -> _Session:
         self._version = None
         update = self._updates.update(source, self._name, mode=mode, verify=verify, timeout_s=self._timeout_s)
         task = asyncio.ensure_future(update)
         task.add_done_callback(self._ended)
-        session = self._session = replace(self._session or _Session(draft=False), source=source, task=task)
+        session = self._session = replace(session, source=source, task=task)
         if isinstance(source, Relayed):
             await self._either(session, source.begun.wait())
         return session
@@ -236,6 +244,10 @@ class Transfers:
         if session is not None and session.task is not None:
             session.task.cancel()
             await asyncio.wait((session.task,))
+
+
+def _relayed(session: _Session) -> Relayed:
+    return Relayed("start_draft_weight_update" if session.draft else "start_weight_update")
 
 
 def _check_size(info: Mapping[str, Any], ranks: int, workers: int) -> None:

@@ -85,13 +85,16 @@ def test_trls_client_generates_and_chats_with_both_ranks(server: Server) -> None
 
     client = VLLMClient(base_url=server.address)
     before = server.served_by_rank()
-    told = client.generate(["The capital of France is"] * 4, n=2, max_tokens=4, temperature=0.0)
-    assert len(told["prompt_ids"]) == 4
-    assert len(told["completion_ids"]) == len(told["logprobs"]) == 8
-    assert all(len(ids) == len(sure) == 4 for ids, sure in zip(told["completion_ids"], told["logprobs"], strict=True))
+    several = client.generate(["The capital of France is"] * 4, n=2, max_tokens=4, temperature=0.7)
+    assert len(several["prompt_ids"]) == 4
+    assert len(several["completion_ids"]) == len(several["logprobs"]) == 8
+    assert all(
+        len(ids) == len(sure) <= 4 for ids, sure in zip(several["completion_ids"], several["logprobs"], strict=True)
+    )
+    told = client.generate(["The capital of France is", "One, two,"], max_tokens=4, temperature=0.0)
     # Token ids in, as GRPOTrainer sends them.
     again = client.generate(told["prompt_ids"], max_tokens=4, temperature=0.0)
-    assert again["completion_ids"] == told["completion_ids"][::2]
+    assert again["completion_ids"] == told["completion_ids"]
     chat = client.chat([[{"role": "user", "content": "Hello"}]], max_tokens=4)
     assert len(chat["completion_ids"][0]) <= 4
     client.session.close()
