@@ -79,6 +79,8 @@ class Trainer:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         self.tokenizer = make_tokenizer()
+        # In so small a model a second thread would mostly wait, and it would wait for a core that a rank may have.
+        torch.set_num_threads(1)
         torch.manual_seed(seed)
         self.model = LlamaForCausalLM(
             LlamaConfig(

@@ -39,6 +39,8 @@ def register() -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("lm-evaluation-harness is not installed", hint=f"Install it: {INSTALL}")
+    # The harness fills its registry when it finds it empty: one that has our model alone would have no other.
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.registry import model_registry
 
     if NAME not in model_registry:

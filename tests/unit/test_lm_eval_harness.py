@@ -51,15 +51,16 @@ def test_the_version_of_vllm_is_that_of_whichever_build_is_installed() -> None:
         lm_eval_harness.version("no-such-package-anywhere")
 
 
-def test_one_import_registers_the_model_and_loads_no_engine() -> None:
+def test_one_import_registers_the_model_beside_the_harnesss_own_and_loads_no_engine() -> None:
     code = (
         "import sys, dplaunch.integrations.lm_eval as ours\n"
         "from lm_eval.api.registry import model_registry\n"
         "ours.register()\n"
-        "print('dplaunch' in model_registry, 'vllm' in sys.modules)"
+        "from lm_eval.api.registry import get_model\n"
+        "print('dplaunch' in model_registry, 'vllm' in sys.modules, get_model('dummy').__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "False"]
+    assert done.stdout.split() == ["True", "False", "DummyLM"]
 
 
 def test_without_the_harness_the_line_that_installs_it_is_named() -> None:
