@@ -14,6 +14,7 @@ from dplaunch.errors import StandstillError, UsageError, WeightsError
 from dplaunch.events import Event, Kind, Level
 from dplaunch.posted import take
 from dplaunch.seam import weights as seam
+from dplaunch.seam.older import workers_let_go
 from dplaunch.standstill import PauseMode
 from dplaunch.transfer import GAP_S, Posted, Relayed
 from dplaunch.updating import Updates, WeightUpdate
@@ -79,7 +80,7 @@ class Transfers:
                 raise StandstillError(f"{_names(absent)} would be missing: not up now", hint="Try again in a moment.")
             _check_size(info, len(self._crew.targets), workers)
             if self._members:
-                await self._of_workers("shutdown_weight_transfer_engine")
+                await self._let_go()
             self._members = {}
             await self._of_workers("init_weight_transfer_engine", init_info=dict(info))
             self._members = self._present()
@@ -88,6 +89,10 @@ class Transfers:
         """Has the workers let go of the trainer."""
         async with self._crew.one:
             self._members = {}
+            await self._let_go()
+
+    async def _let_go(self) -> None:
+        if workers_let_go():
             await self._of_workers("shutdown_weight_transfer_engine")
 
     async def _of_workers(self, method: str, **arguments: Any) -> None:

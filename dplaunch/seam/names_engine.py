@@ -137,9 +137,14 @@ WEIGHTS = (
         "vllm.v1.worker.gpu_worker",
         {
             "Worker.init_weight_transfer_engine": "self, init_info",
-            "Worker.shutdown_weight_transfer_engine": "self",
             "Worker.start_draft_weight_update": "self",
         },
+    ),
+    Relied(
+        "vllm.v1.worker.gpu_worker:Worker.shutdown_weight_transfer_engine",
+        "self",
+        since="0.32",
+        instead="workers let go of a trainer when they end, or meet the next one",
     ),
     *calls(
         "vllm.lora.ops.torch_ops.lora_ops",

@@ -94,6 +94,13 @@ def has_graceful_errors() -> bool:
     return hasattr(exceptions, "GracefulHTTPError")
 
 
+def workers_let_go() -> bool:
+    """Whether workers can be told to let go of a trainer, as from 0.32 on; before, they do when they meet the next."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return hasattr(AsyncLLM, "shutdown_weight_transfer_engine")
+
+
 def failure_class() -> type[RequestError]:
     """The class of a request's errors where vLLM has no `GracefulHTTPError`, which it has from 0.29 on.
 

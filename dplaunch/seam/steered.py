@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from dplaunch.errors import DplaunchError, StandstillError, UsageError, WeightsError
+from dplaunch.seam import older
 from dplaunch.weights import Stance
 
 if TYPE_CHECKING:
@@ -26,16 +27,19 @@ STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
 
 @functools.cache
 def _failure_class() -> type[DplaunchError]:
-    from vllm.exceptions import GracefulHTTPError
+    if older.has_graceful_errors():
+        from vllm.exceptions import GracefulHTTPError as Base
+    else:
+        Base = older.moved("GenerationError")
 
-    class SteeringFailure(DplaunchError, GracefulHTTPError):  # type: ignore[misc]
+    class SteeringFailure(DplaunchError, Base):  # type: ignore[misc]
         """An error of ours, as vLLM's server takes it."""
 
         def __init__(self, error: DplaunchError, status: HTTPStatus) -> None:
             DplaunchError.__init__(self, error.message, hint=error.hint, detail=error.detail)
             # What the server sends is `message` alone.
             self.message = str(error)
-            self.http_status = status
+            self.http_status = self.status_code = status
 
         def __str__(self) -> str:
             return self.message
