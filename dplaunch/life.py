@@ -15,7 +15,7 @@ from typing import Any, Self
 import cloudpickle
 import zmq
 
-from dplaunch import known_flags, seam
+from dplaunch import known_flags, remains, seam
 from dplaunch.arrivals import Arrivals
 from dplaunch.backend import Backend, RankBoot, load_backend
 from dplaunch.changes import Changes
@@ -152,6 +152,7 @@ class GroupLife(GroupParts):
         gate: concurrent.futures.Future[list[Mapping[str, Any]]] = concurrent.futures.Future()
 
         def make_engine() -> Any:
+            remains.collect()
             return frontend.make_engine(
                 cloudpickle.loads(self.config.config),
                 client,
@@ -203,6 +204,7 @@ class GroupLife(GroupParts):
             await drain(self._engine, self._client, self.drain_s, closed=closed, emit=self._emit)
         if self._engine is not None:
             frontend.end_engine(self._engine, closed)
+            remains.leave(self._engine)
         if self._client is not None and self._client.dead is None:
             self._client.die(closed)
         try:

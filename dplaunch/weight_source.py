@@ -262,7 +262,7 @@ class _Watched:
             if there is None:
                 return "the tensors are gone"
             if _writes(there) != writes:
-                return "the tensors were changed since"
+                return "the tensors were written to after the update"
         return ""
 
 

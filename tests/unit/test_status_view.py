@@ -62,10 +62,10 @@ def test_a_group_without_a_server_weights_or_running_ranks_is_shown_too() -> Non
 
 
 def test_a_group_that_sleeps_and_a_rank_that_is_stale_are_told_of() -> None:
-    stale = rank_status(1, state="stale", stale="the tensors were changed since")
+    stale = rank_status(1, state="stale", stale="the tensors were written to after the update")
     weights = {"version": "step-9", "checksum": "", "lost": "", "loras": []}
     text = "\n".join(shown(120, ranks=[rank_status(0), stale], weights=weights, stance="asleep"))
-    for words in ("weights step-9", "asleep: requests wait", "the tensors were changed since"):
+    for words in ("weights step-9", "asleep: requests wait", "the tensors were written to after the update"):
         assert words in text
 
 

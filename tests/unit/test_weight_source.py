@@ -104,7 +104,7 @@ async def test_tensors_are_lost_when_they_are_written_to_or_gone() -> None:
     source = as_source(given)
     assert source.lost() == ""
     given["a"].mul_(2)
-    assert source.lost() == "the tensors were changed since"
+    assert source.lost() == "the tensors were written to after the update"
     source = as_source(given)
     del given["c"]
     assert source.lost() == "the tensors are gone"
