@@ -14,24 +14,20 @@ import select
 import selectors
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import send_handle
-from pathlib import Path
 from typing import Any, NoReturn
 
 from dplaunch.rank_main import load_function
 
 from .messages import CallJob, Ended, Failure, Fork, Forked, Job, NotForked, RankJob, Ready, Unfit, ZygoteBoot
 from .offspring import Inheritance, default_signals, run_call, run_rank
+from .other_threads import other_threads
 from .tree import Tree, shared_memory_names
-
-THREAD_END_S = 0.2
-"""Seconds that a joined thread may still be seen by the kernel; it takes microseconds."""
 
 PROCESS_TITLE = "dplaunch::zygote"
 
@@ -62,7 +58,7 @@ def serve(connection: Connection) -> NoReturn:
     gc.freeze()
     gc.enable()
     imported = {name: value for name, value in os.environ.items() if environ.get(name) != value}
-    connection.send(Ready(_other_threads()))
+    connection.send(Ready(other_threads()))
     try:
         Zygote(connection, launcher, boot, context, imported).run()
     except BaseException:
@@ -246,20 +242,6 @@ def _watching(launcher: int) -> Iterator[None]:
         os.close(stopping)
         thread.join()
         os.close(stop)
-
-
-def _other_threads() -> tuple[str, ...]:
-    deadline = time.monotonic() + THREAD_END_S
-    tasks = Path("/proc/self/task")
-    while (others := [task for task in tasks.iterdir() if task.name != str(os.getpid())]) and (
-        time.monotonic() < deadline
-    ):
-        time.sleep(0.001)
-    names = []
-    for task in others:
-        with contextlib.suppress(OSError):
-            names.append((task / "comm").read_text().strip())
-    return tuple(names)
 
 
 def _open_files() -> frozenset[int]:
