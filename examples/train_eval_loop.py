@@ -11,6 +11,7 @@ trained with transformers and torch in this process; the ranks get its weights w
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import tempfile
@@ -61,7 +62,8 @@ class Row:
 
     def __str__(self) -> str:
         seconds = f"{self.train_s:8.1f} {self.update_s:8.1f} {self.eval_s:8.1f}"
-        return f"{self.step:5} {self.loss:8.3f} {self.score:7.3f} {self.weights:>8} {seconds}"
+        loss = "-" if math.isnan(self.loss) else f"{self.loss:.3f}"
+        return f"{self.step:5} {loss:>8} {self.score:7.3f} {self.weights:>8} {seconds}"
 
 
 HEADER = f"{'step':>5} {'loss':>8} {'score':>7} {'weights':>8} {'train s':>8} {'update s':>8} {'eval s':>8}"
@@ -103,6 +105,9 @@ class Trainer:
 
     def save(self, directory: Path) -> None:
         """What the ranks are started with: config, tokenizer and the first weights."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # one file, there at once
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
