@@ -258,6 +258,17 @@ def test_signal_handlers_and_the_root_logger_are_given_back(rig: Rig) -> None:
     assert (root.level, list(root.handlers)) == before
 
 
+@pytest.fixture
+def vllm_tells_all() -> Iterator[None]:
+    """vLLM's logger as in a process of its own: lm-evaluation-harness, which this one may have run, mutes it."""
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    logger.setLevel(logging.NOTSET)
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("vllm_tells_all")
 def test_this_process_logs_to_a_file_beside_the_ranks_own(rig: Rig) -> None:
     answers: list[httpx.Response] = []
     rig.when_served(lambda address: answers.append(httpx.get(address)))
