@@ -24,6 +24,9 @@ DROPPED: Mapping[str, tuple[str, ...]] = {
     "the launcher's place in a Ray cluster, where it runs in a task or an actor": (
         *("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_WORKER_*", "RAY_ACTOR_*", "RAY_TASK_*"),
     ),
+    "an address in the launcher's memory, which torch's compiler keeps there": (
+        "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+    ),
     # torchrun sets OMP_NUM_THREADS to 1, and a list of cores names the launcher's, not the rank's.
     "threads and their cores, which the plan gives out": (
         *("OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"),
