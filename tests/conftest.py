@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 
@@ -15,6 +16,8 @@ _clusters: list[RayForTests] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # TRL, which some modules import when they are collected, would have all ranks log errors only.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     config.addinivalue_line("markers", "leaves(reason): may leave processes or descriptors behind, and why")
 
 

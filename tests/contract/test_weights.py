@@ -214,7 +214,7 @@ async def test_tensors_that_were_written_to_since_are_not_taken_for_what_they_we
     weights["head"].add_(1)
     kill(watched, 1)
     await until(watched, 1, "stale", 2)
-    assert "changed since" in group.supervisor.ranks[1].stale
+    assert "written to after the update" in group.supervisor.ranks[1].stale
     await answers_with(group, before)
 
 

@@ -19,7 +19,9 @@ class Engine:
 
 
 @pytest.fixture(autouse=True)
-def _no_collection_by_chance() -> Iterator[None]:
+def _nothing_else_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No engines of groups that other tests had, and no collection by chance."""
+    monkeypatch.setattr(remains, "_ended", weakref.WeakSet())
     gc.collect()
     gc.disable()
     yield
