@@ -113,7 +113,8 @@ class Arrivals:
             checksums, silent = await weights.ask_all(_left(ranks, failed), seam.CHECKSUM)
             failed |= silent
             other = "they were changed since: the checksum of what it loaded is another"
-            stale = {rank: other for rank, checksum in checksums.items() if checksum != weights.checksum}
+            wanted = {rank: weights.checksum_of(rank.identity.rank) for rank in checksums}
+            stale = {rank: other for rank, told in checksums.items() if wanted[rank] not in ("", told)}
         good = [rank for rank in _left(ranks, failed) if rank not in stale]
         return stale, failed | (await weights.ask_all(good, "set_weight_version", weights.version))[1]
 

@@ -12,9 +12,14 @@ def choose_mode(spec: LaunchSpec, asked: Asked, model: ModelInfo | None) -> tupl
     """Whether the ranks share one fate, and why.
 
     Raises:
-        UsageError: when lockstep was asked for and cannot be.
+        UsageError: when lockstep, or what belongs to it, was asked for and cannot be.
     """
     name, is_moe = spec.model or "the built-in model", has_experts(spec, model)
+    if asked.truth("enable_elastic_ep"):
+        raise UsageError(
+            "--enable-elastic-ep cannot be used: ranks in lockstep keep their number while they run",
+            hint="Leave it out. Without expert parallelism ranks can be added and taken away (dplaunch scale).",
+        )
     if spec.mode is Mode.LOCKSTEP:
         _check_lockstep(spec, name, is_moe)
     if spec.mode is not Mode.AUTO:

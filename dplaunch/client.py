@@ -21,6 +21,7 @@ from dplaunch.seam import wire
 from dplaunch.seam.rank import PING
 from dplaunch.settle import Settling
 from dplaunch.spec import RequestPolicy
+from dplaunch.waves import Apart, Waves
 
 SETTLE_S = 0.1
 """Seconds from a rank's death until the others are asked whether they live: deaths by then are settled together."""
@@ -36,6 +37,7 @@ class GroupClient:
         emit: told what became of the requests of ranks that died.
         settle_s: seconds from a rank's death until the others are asked whether they outlived it, which comes before
             the move of its requests; 0 moves them at once.
+        lockstep: whether the ranks step together.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class GroupClient:
         policy: RequestPolicy | None = None,
         emit: Listener = lambda event: None,
         settle_s: float = 0.0,
+        lockstep: bool = False,
     ) -> None:
         self.outputs: asyncio.Queue[Any] = asyncio.Queue()
         """What the frontend gets: EngineCoreOutputs with `engine_index` set to the rank, `Failed` for a request that
@@ -57,6 +60,9 @@ class GroupClient:
         self._settling = Settling(
             settle_s, lambda: self._dispatch.links.values(), lambda link: self.call_link(link, PING)
         )
+        self._waves = Apart()
+        if lockstep:
+            self._waves = Waves(lambda: self._dispatch.links, lambda: self._requests.are_awaited, codec.encode)
         self._requests = Requests(
             codec,
             self.outputs,
@@ -64,6 +70,7 @@ class GroupClient:
             emit=emit,
             settle=self._settling.begin if settle_s else None,
             is_called=lambda link: self._calls.since(link) is not None,
+            began=self._waves.began,
         )
         self._dispatch = self._requests.dispatch
         self._refusal: DplaunchError | None = None
@@ -74,6 +81,7 @@ class GroupClient:
     def up(self, link: RankLink) -> None:
         """The rank behind this link takes requests from now on; those that waited for one are sent."""
         self._rank_up.set()
+        self._waves.joined(link)
         self._dispatch.open(link)
 
     def down(self, link: RankLink, reason: str, blame: bool = True) -> None:
@@ -83,6 +91,7 @@ class GroupClient:
             reason: what happened to the rank, in words.
             blame: whether its requests may be the cause; not when it was asked to end, or ended for others' sake.
         """
+        self._waves.left()
         self._requests.rank_died(link, reason, blame)
         if not self._dispatch.links:
             self._rank_up.clear()
@@ -159,6 +168,7 @@ class GroupClient:
     def release(self) -> None:
         """Requests are sent again, those that waited first."""
         self._dispatch.held = False
+        self._waves.stirred()
         self._dispatch.send_waiting()
 
     async def until_quiet(self) -> None:
@@ -277,6 +287,8 @@ class GroupClient:
         if outputs.utility_output is not None:
             self._calls.answer(link, outputs.utility_output)
             return
+        if outputs.wave_complete is not None:
+            self._waves.ended(link.rank, outputs.wave_complete)
         if outputs.outputs:
             outputs.outputs = [output for output in outputs.outputs if self._requests.note(link, output)]
         if outputs.outputs or outputs.scheduler_stats:

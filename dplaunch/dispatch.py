@@ -23,10 +23,15 @@ class Dispatcher:
         encode: the frames of a message to an engine.
         suspects: which requests ranks may be dying of.
         lose: ends a request that cannot be served, and is told why.
+        began: called when something was sent to a rank.
     """
 
     def __init__(
-        self, encode: Callable[[Any], Sequence[Any]], suspects: Suspects, lose: Callable[[InFlight, str], None]
+        self,
+        encode: Callable[[Any], Sequence[Any]],
+        suspects: Suspects,
+        lose: Callable[[InFlight, str], None],
+        began: Callable[[], None] = lambda: None,
     ) -> None:
         self.links: dict[int, RankLink] = {}
         self.waiting: dict[str, InFlight] = {}
@@ -41,6 +46,7 @@ class Dispatcher:
         self._encode = encode
         self._suspects = suspects
         self._lose = lose
+        self._began = began
         self._gone: set[int] = set()
         self._order = itertools.count(1)
         self._idle: list[tuple[int, asyncio.Future[None]]] = []
@@ -110,7 +116,12 @@ class Dispatcher:
         if entry.second is not None and entry.second.continues:
             parts = [continued(parts[0], entry.tokens)]
         for part in parts:
-            link.send(wire.ADD, self._encode(part))
+            self.hand_over(link, part)
+
+    def hand_over(self, link: RankLink, part: Any) -> None:
+        """Sends a request, or a further part of one, to the rank that has it."""
+        link.send(wire.ADD, self._encode(part))
+        self._began()
 
     def take_back(self, entry: InFlight) -> None:
         """A request is over: neither a rank nor the queue has it any more."""

@@ -22,7 +22,7 @@ from dplaunch.changes import Changes
 from dplaunch.client import SETTLE_S, GroupClient
 from dplaunch.crew import Crew
 from dplaunch.drain import drain
-from dplaunch.errors import DplaunchError, GroupClosedError, UsageError
+from dplaunch.errors import DplaunchError, GroupClosedError
 from dplaunch.events import Event, Level, Listener
 from dplaunch.host import GroupHost
 from dplaunch.identity import Identity
@@ -39,6 +39,7 @@ from dplaunch.recipes import config_request, make_boot
 from dplaunch.runtime_dir import make_runtime_dir
 from dplaunch.seam import frontend, wire
 from dplaunch.seam.config import check_version
+from dplaunch.seam.lockstep import LOOPBACK, Meetings
 from dplaunch.seam.preload import exec_environment
 from dplaunch.sight import Sight
 from dplaunch.spec import VLLM_ENGINE, LaunchSpec, Mode
@@ -77,6 +78,7 @@ class GroupLife(GroupParts):
         self._address: str | None = None
         self._runtime_dir: Path | None = None
         self._arrivals: Arrivals | None = None
+        self._meetings: Meetings | None = None
 
     # Life.
 
@@ -99,7 +101,6 @@ class GroupLife(GroupParts):
         known_flags.check(version, self.spec.vllm_argv)
         backend = self._backend = load_backend(self.spec.backend)
         plan = self.plan = await plan_launch(self.spec, backend, say=lambda line: self._emit(Event(message=line)))
-        _refuse_lockstep(plan)
         for warning in plan.warnings:
             self._emit(Event(message=warning, level=Level.WARNING))
         self._prepare_logs(plan)
@@ -126,8 +127,9 @@ class GroupLife(GroupParts):
             policy=self.spec.requests,
             emit=self._emit,
             settle_s=SETTLE_S,
+            lockstep=plan.mode is Mode.LOCKSTEP,
         )
-        weights = self.weights = Weights(client)
+        weights = self.weights = Weights(client, alike=plan.mode is not Mode.LOCKSTEP)
         self._arrivals = Arrivals(weights)
         supervisor = self._supervisor = Supervisor(
             plan,
@@ -148,6 +150,9 @@ class GroupLife(GroupParts):
     async def _start_ranks_and_engine(
         self, backend: Backend, client: GroupClient, supervisor: Supervisor, imported: asyncio.Future[None]
     ) -> None:
+        if self.plan.mode is Mode.LOCKSTEP and self.spec.engine == VLLM_ENGINE:
+            await imported  # Where the ranks meet is a store of torch's.
+            self._meetings = Meetings(self._address or LOOPBACK)
         # The engine loads its tokenizer while the ranks load their weights, then waits for them at this gate.
         gate: concurrent.futures.Future[list[Mapping[str, Any]]] = concurrent.futures.Future()
 
@@ -217,6 +222,7 @@ class GroupLife(GroupParts):
                 await self._arrivals.close()
             if self.weights is not None:
                 self.weights.close()
+            self._meetings = None
             if self._context is not None:
                 self._context.destroy(linger=0)
             await self.sight.close()
@@ -269,7 +275,8 @@ class GroupLife(GroupParts):
         )
 
     def _make_boot(self, spec: RankSpec, identity: Identity, link: RankLink) -> RankBoot:
-        return make_boot(self.plan, self.config, spec, identity, link.handshake_address)
+        meeting = None if self._meetings is None else self._meetings.of(identity.incarnation)
+        return make_boot(self.plan, self.config, spec, identity, link.handshake_address, meeting)
 
     def _on_dead(self, error: DplaunchError) -> None:
         if not self.dead.done():
@@ -278,14 +285,6 @@ class GroupLife(GroupParts):
     def _emit(self, event: Event) -> None:
         for listener in self._listeners:
             listener(event)
-
-
-def _refuse_lockstep(plan: LaunchPlan) -> None:
-    if plan.mode is Mode.LOCKSTEP and plan.spec.engine == VLLM_ENGINE:
-        raise UsageError(
-            f"a lockstep group cannot be launched yet: {plan.mode_reason}",
-            hint="Leave --enable-expert-parallel out: each rank then holds the whole model and is independent.",
-        )
 
 
 async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -82,6 +82,7 @@ class RankLink:
         """Resolves to vLLM's ready response (EngineCoreReadyResponse as a map) once the handshake is complete."""
         self._on_phase = on_phase
         self._on_output = on_output
+        self._engine = b""  # Its ZeroMQ identity, which it chooses: 0 where it is alone, its rank in lockstep.
         self._response: dict[str, Any] | None = None
         self._handshaken = False
         self._readers: list[_Reader] = []
@@ -115,7 +116,7 @@ class RankLink:
     def send(self, kind: bytes, frames: Sequence[Any]) -> None:
         """Sends one message to the engine; never blocks. Does nothing on a closed link: its rank is gone."""
         if not self.closed:
-            self._input.send_multipart((wire.ENGINE_IDENTITY, kind, *frames), zmq.NOBLOCK, copy=False)
+            self._input.send_multipart((self._engine, kind, *frames), zmq.NOBLOCK, copy=False)
 
     def close(self) -> None:
         """Closes the sockets; whatever the rank still sends goes nowhere."""
@@ -149,6 +150,7 @@ class RankLink:
 
     def _on_ready_response(self, frames: Sequence[Any]) -> None:
         self.heard = time.monotonic()
+        self._engine = bytes(frames[0].buffer)
         self._response = msgspec.msgpack.decode(bytes(frames[1].buffer))
         self._maybe_ready()
 

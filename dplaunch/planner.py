@@ -108,6 +108,11 @@ def make_plan(
     executor, executor_reason = choose_executor(spec, asked, device_type, world)
     _check_share(inventory, world)
     places = place(spec, inventory, world)
+    if mode is Mode.LOCKSTEP and places[0].node is not inventory.nodes[0]:
+        raise UsageError(
+            f"rank 0 of a group in lockstep cannot be on {places[0].node.name}: the ranks meet where it is launched",
+            hint=f"Launch it there, or give rank 0 a place on {inventory.nodes[0].name}.",
+        )
     facts = Facts(spec, asked, model, environ, device_type, world, places, mode, executor)
     base_id = _base_id(spec)
     log_dir = _log_dir(spec, base_id)

@@ -44,6 +44,7 @@ class Requests:
         emit: told what became of the requests of ranks that died.
         settle: called at a rank's death; its requests move when the task is done. None moves them at once.
         is_called: whether a utility call is under way on a link.
+        began: called when something was sent to a rank.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Requests:
         emit: Listener,
         settle: Callable[[], asyncio.Task[None]] | None,
         is_called: Callable[[RankLink], bool],
+        began: Callable[[], None] = lambda: None,
     ) -> None:
         self.counters = Counters()
         self.rank_counters: defaultdict[int, RankCounters] = defaultdict(RankCounters)
@@ -67,7 +69,7 @@ class Requests:
         self._in_flight: dict[str, InFlight] = {}
         self._broken: set[str] = set()  # sessions that were lost while more of their input was to come
         self._suspects = Suspects(policy.max_failures)
-        self.dispatch = Dispatcher(codec.encode, self._suspects, self._lose)
+        self.dispatch = Dispatcher(codec.encode, self._suspects, self._lose, began)
         self._tell = Teller(emit, policy.poison_file)
         self._stirred = asyncio.Event()
 
@@ -78,6 +80,11 @@ class Requests:
     def queued(self) -> int:
         """Those that no rank has."""
         return sum(entry.link is None for entry in self._in_flight.values())
+
+    @property
+    def are_awaited(self) -> bool:
+        """Whether a rank has one that it has not answered; a session that waits for its user is none."""
+        return any(entry.link is not None and entry.unanswered for entry in self._in_flight.values())
 
     @property
     def is_quiet(self) -> bool:
@@ -131,7 +138,7 @@ class Requests:
         entry.parts.append(request)
         entry.unanswered += request.resumable
         if entry.link is not None:
-            entry.link.send(wire.ADD, self._codec.encode(request))
+            self.dispatch.hand_over(entry.link, request)
         if not entry.unanswered:
             self._end(entry)
 

@@ -28,7 +28,8 @@ class WeightUpdate:
 
     Args:
         version: what all ranks have now.
-        checksum: of it in each rank's memory; "" where nobody asked for it.
+        checksum: of it in each rank's memory, or of all ranks' where each has experts of its own; "" where nobody asked
+            for it.
         ranks: those that acknowledged it.
         behind: those that did not, and why; each comes back with the new weights, or is stale.
         seconds: how long it took, and of that, how long no request was answered.
@@ -121,8 +122,8 @@ class Updates:
             if isinstance(error, DplaunchError):
                 raise self._with_state(error, touched) from error
             raise
-        checksum = next(iter(checksums.values()), "")
-        await self._commit(source, name(), checksum, keepers, failed, deadline)
+        told = {rank.identity.rank: checksum for rank, checksum in checksums.items()}
+        await self._commit(source, name(), told, keepers, failed, deadline)
         good = [rank.identity.rank for rank in ranks if rank not in failed]
         return good, {rank.identity.rank: words_of(error) for rank, error in failed.items()}
 
@@ -130,7 +131,7 @@ class Updates:
         if len(failed) == len(ranks):
             why = "; ".join(named(rank, error) for rank, error in failed.items())
             raise WeightsError(f"no rank could load weights {version}: {why}")
-        if len(set(checksums.values())) > 1:
+        if self._weights.alike and len(set(checksums.values())) > 1:
             told = ", ".join(f"rank {rank.identity.rank} {sum_[:12]}" for rank, sum_ in checksums.items())
             raise WeightsError(f"the ranks disagree about weights {version}, by their checksums: {told}")
 
@@ -138,13 +139,13 @@ class Updates:
         self,
         source: Source,
         version: str,
-        checksum: str,
+        checksums: Mapping[int, str],
         keepers: Sequence[RankKeeper],
         failed: Failures,
         deadline: float,
     ) -> None:
         weights = self._weights
-        weights.commit(source, version, checksum)
+        weights.commit(source, version, checksums)
         await self._crew.put_aside(keepers, failed)
         self._standstill.weights_lost = False
         for keeper in keepers:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dplaunch.bucket import Bucket, Landmark
@@ -43,12 +44,13 @@ class Weights:
 
     Args:
         client: calls ranks.
+        alike: whether all ranks hold the same; with expert parallelism each has experts of its own.
     """
 
-    def __init__(self, client: GroupClient) -> None:
+    def __init__(self, client: GroupClient, *, alike: bool = True) -> None:
+        self.alike = alike
         self.version = FIRST_VERSION
-        self.checksum = ""
-        """Of the current weights in a rank's memory; "" when nobody has asked for it."""
+        self._checksums: Mapping[int, str] = {}
         self.number = 0
         """Of the current weights; a rank's `weights` is that of what it has."""
         self.source: Source = Initial()
@@ -139,11 +141,23 @@ class Weights:
             self._landmark = Landmark()
         return self._landmark
 
-    def commit(self, source: Source, version: str, checksum: str) -> None:
-        """These are the group's weights from now on."""
+    @property
+    def checksum(self) -> str:
+        """Of the current weights: in a rank's memory or, where each has its own, of all; "" where nobody has asked."""
+        told = set(self._checksums.values())
+        if len(told) <= 1:
+            return next(iter(told), "")
+        return hashlib.sha256(repr(sorted(self._checksums.items())).encode()).hexdigest()
+
+    def checksum_of(self, rank: int) -> str:
+        """Of the current weights in this rank's memory; "" where that is not known."""
+        return self.checksum if self.alike else self._checksums.get(rank, "")
+
+    def commit(self, source: Source, version: str, checksums: Mapping[int, str]) -> None:
+        """These are the group's weights from now on; `checksums` are those that ranks told of, by their numbers."""
         before, self.source = self.source, source
         before.close()
-        self.version, self.checksum = version, checksum
+        self.version, self._checksums = version, checksums
         self.number += 1
 
     def close(self) -> None:

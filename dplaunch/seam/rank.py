@@ -2,7 +2,8 @@
 
 An independent rank runs as engine 0 of 1, so vLLM neither suffixes its names nor picks a device for it: both
 are done once, by dplaunch, for every backend. Only `data_parallel_index` says which rank it is, as vLLM itself
-does it for dense models (`ParallelConfig.reconfigure_for_independent_dp_rank`).
+does it for dense models (`ParallelConfig.reconfigure_for_independent_dp_rank`). A rank in lockstep runs as one of
+vLLM's ranks, which suffixes its KV connector's name; what it has made of that is put right again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from dplaunch.backend import RankBoot
 from dplaunch.channel import COMPILING, RankChannel
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
-from dplaunch.seam import lora
+from dplaunch.seam import lockstep, lora
 from dplaunch.seam.older import OlderCore
 from dplaunch.seam.weights import RankWeights
 
@@ -35,11 +36,13 @@ class RankPayload:
         config: the pickled VllmConfig that all ranks share.
         executor: "uni", "mp", "ray", or a class path.
         log_stats: whether the engine collects statistics.
+        place: where the rank stands among those that it steps with; None for an independent one.
     """
 
     config: bytes
     executor: str
     log_stats: bool
+    place: lockstep.LockstepPlace | None = None
 
 
 def run_engine(boot: RankBoot, channel: RankChannel) -> None:
@@ -62,15 +65,21 @@ def run_engine(boot: RankBoot, channel: RankChannel) -> None:
         _use_cores(len(boot.cpus))
     executor_class = _with_phases(Executor.get_class(config), channel, eager=config.model_config.enforce_eager)
     # In this process only, and only for this: run_engine_core looks the class up in its module.
-    core.EngineCoreProc = _reporting(core.EngineCoreProc, boot, channel)
-    core.EngineCoreProc.run_engine_core(
+    run_engine_core = core.EngineCoreProc.run_engine_core
+    place = payload.place
+    if place is None:
+        core.EngineCoreProc = _reporting(core.EngineCoreProc, boot, channel)
+    else:
+        lockstep.take_place(config.parallel_config, place)
+        core.DPEngineCoreProc = _reporting(lockstep.core_class(place), boot, channel)
+    run_engine_core(
         vllm_config=config,
         local_client=True,
         handshake_address=boot.handshake_address,
         executor_class=executor_class,
         log_stats=payload.log_stats,
-        dp_rank=0,
-        local_dp_rank=0,
+        dp_rank=0 if place is None else place.rank,
+        local_dp_rank=0 if place is None else place.local_rank,
     )
 
 
@@ -142,6 +151,7 @@ def _reporting(base: type[Any], boot: RankBoot, channel: RankChannel) -> type[An
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             # Set before anything is built: KV event ports, seeds and compile caches follow it.
             vllm_config.parallel_config.data_parallel_index = boot.rank
+            _name(vllm_config, boot)
             _set_title(boot.process_title)
             super().__init__(vllm_config, *args, **kwargs)
             # The constructor ends with VllmConfig.__post_init__, which draws a new instance_id.

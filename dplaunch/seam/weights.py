@@ -176,12 +176,20 @@ def reload(worker: Any, path: str | None) -> None:
 
 
 def _pack_again(worker: Any) -> None:
-    """Has layers that share their weights with others pack them anew: nothing was loaded into them."""
+    """Has layers pack their weights anew that vLLM leaves as they were loaded, which its CPU kernels cannot read.
+
+    Those are layers that share their weights with others, into which nothing was loaded, and, from 0.28 on, experts
+    (`_setup_kernel` of vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py packs them the first time).
+    """
+    on_cpu = worker.device.type == "cpu"
     for layer in worker.model_runner.get_model().modules():
         method = getattr(layer, "quant_method", None)
         weight = getattr(layer, "weight", None)
         if hasattr(layer, "cpu_linear") and method is not None and weight is not None and weight.numel():
             method.process_weights_after_loading(layer)
+        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        if on_cpu and hasattr(experts, "process_weights_after_loading"):
+            experts.process_weights_after_loading(layer)
 
 
 def _forget_encoded(worker: Any) -> None:

@@ -15,13 +15,11 @@ import msgspec
 
 ADD = b"\x00"
 ABORT = b"\x01"
+START_WAVE = b"\x02"
 UTILITY = b"\x03"
 
 ENGINE_DEAD = b"ENGINE_CORE_DEAD"
 """The one-frame message that an engine core sends when its loop has raised."""
-
-ENGINE_IDENTITY = (0).to_bytes(2, "little")
-"""An independent rank runs as engine 0 of 1: its ZeroMQ identity. The link that it is on says which rank it is."""
 
 
 def encode_addresses(inputs: Sequence[str], outputs: Sequence[str]) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from dplaunch import seam
 from dplaunch.api import Launching, launch, launch_async, make_spec
 from dplaunch.errors import BackendError, DplaunchError, UsageError, VllmError
 from dplaunch.events import Event
-from dplaunch.group import AsyncGroup
 from dplaunch.spec import (
     DEFAULT_START_TIMEOUT_S,
     ClusterOptions,
@@ -165,11 +163,3 @@ def test_every_public_name_is_there_and_others_are_not() -> None:
     assert all(getattr(dplaunch, name) is not None for name in dplaunch.__all__)
     with pytest.raises(AttributeError, match="'lunch'"):
         _ = dplaunch.lunch
-
-
-async def test_a_lockstep_group_is_refused_until_one_can_be_launched(tmp_path: Path) -> None:
-    config = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    spec = LaunchSpec(model=str(tmp_path), dp=2, engine_args={"enable_expert_parallel": True})
-    with pytest.raises(UsageError, match="lockstep"):
-        await AsyncGroup(spec).open()

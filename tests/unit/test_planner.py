@@ -81,6 +81,11 @@ def test_lockstep_is_refused_where_it_cannot_be(model: ModelInfo, dp: int, words
         plan_for(gpu(), model=model, dp=dp, mode=Mode.LOCKSTEP)
 
 
+def test_elastic_expert_parallelism_is_refused() -> None:
+    with pytest.raises(UsageError, match="keep their number"):
+        plan_for(gpu(), model=MOE, argv="-ep --enable-elastic-ep", dp=2)
+
+
 def test_expert_parallelism_is_read_from_python_arguments_too() -> None:
     plan = plan_for(gpu(), model=MOE, dp=2, engine_args={"enable_expert_parallel": True})
     assert plan.mode is Mode.LOCKSTEP
