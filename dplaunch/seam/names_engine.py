@@ -8,7 +8,7 @@ RANK = (
     Relied(
         "vllm.v1.engine.core:EngineCoreProc.run_engine_core",
         "vllm_config=, local_client=, handshake_address=, executor_class=, log_stats=, dp_rank=, local_dp_rank=",
-        mentions=("EngineCoreProc", "data_parallel_index"),
+        mentions=("EngineCoreProc", "DPEngineCoreProc", "data_parallel_index", "data_parallel_rank"),
     ),
     *calls(
         "vllm.v1.engine.core",
@@ -25,6 +25,18 @@ RANK = (
             "EngineCore.remove_lora": "self, lora_id",
         },
     ),
+    Relied("vllm.v1.engine.core:DPEngineCoreProc._init_data_parallel", "self, vllm_config"),
+    Relied(
+        "vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop",
+        "self",
+        mentions=("has_coordinator", "wave_complete=", "engines_running"),
+    ),
+    Relied(
+        "vllm.v1.engine.core:DPEngineCoreProc._handle_client_request",
+        "self, request_type, request",
+        mentions=("START_DP_WAVE", "current_wave"),
+    ),
+    Relied("vllm.config:ParallelConfig._pick_stateless_dp_port", "self", mentions=("_coord_store_port",)),
     Relied(
         "vllm.v1.engine.core:EngineCore.set_weight_version",
         "self, weight_version",
@@ -61,6 +73,7 @@ RANK = (
             "vllm.config:VllmConfig": "instance_id kv_transfer_config parallel_config scheduler_config model_config",
             "vllm.config:KVTransferConfig": "engine_id",
             "vllm.config:ParallelConfig": "data_parallel_index data_parallel_size data_parallel_size_local "
+            "data_parallel_master_ip _data_parallel_master_port_list _coord_store_port "
             "distributed_executor_backend placement_group ray_runtime_env",
             "vllm.config:ModelConfig": "logits_processors enforce_eager revision get_diff_sampling_param",
             "vllm.config:SchedulerConfig": "policy max_num_seqs",
@@ -132,6 +145,12 @@ WEIGHTS = (
         instead="there is no check to turn off",
     ),
     Relied("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "layer, remove_weight"),
+    Relied(
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod._setup_kernel",
+        mentions=("moe_kernel", "fused_experts", "process_weights_after_loading"),
+        since="0.28",
+        instead="a CPU kernel for experts is made anew each time that weights are loaded",
+    ),
     Relied("vllm.lora.request:LoRARequest", "lora_name, lora_int_id, lora_path"),
     *calls(
         "vllm.v1.worker.gpu_worker",
@@ -175,7 +194,9 @@ WIRE = (
             "vllm.v1.engine:EngineCoreRequest": "request_id data_parallel_rank client_index resumable "
             "abort_immediately pooling_params prompt_token_ids sampling_params mm_features prompt_embeds "
             "external_req_id",
-            "vllm.v1.engine:EngineCoreOutputs": "engine_index outputs scheduler_stats utility_output finished_requests",
+            "vllm.v1.engine:EngineCoreOutputs": "engine_index outputs scheduler_stats utility_output finished_requests "
+            "wave_complete",
+            "vllm.v1.engine:EngineCoreRequestType": "ADD ABORT START_DP_WAVE UTILITY",
             "vllm.v1.engine:EngineCoreOutput": "request_id new_token_ids finish_reason new_logprobs "
             "new_prompt_logprobs_tensors events prefill_stats",
             "vllm.v1.engine:UtilityOutput": "call_id failure_message result",

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import dplaunch
-from dplaunch.testing import poll_until
 from tests.conftest import shared_pids
 from tests.leaks import Snapshot, left_of_a_shared_group
 from tests.ray_for_tests import RayForTests
-from tests.real.conftest import ENGINE_ARGS, START_S
+from tests.real.conftest import ENGINE_ARGS
+from tests.real.families import kill_and_await
 
 pytestmark = [
     pytest.mark.leaves("ranks of its groups are replaced; what is left of each group is looked for at its end"),
@@ -127,7 +127,6 @@ def test_a_death_restarts_the_group_once_and_every_request_is_answered(together:
     before = pids(together)
     threading.Timer(0.3, os.kill, (before[1], signal.SIGKILL)).start()
     assert answers(together, [160] * 9) == calm
-    poll_until(lambda: together.ranks_up == [0, 1], START_S)
     assert not set(pids(together)) & set(before)
     assert names(together) == ["-r1_dp0", "-r1_dp1"]
 
@@ -154,8 +153,8 @@ def test_new_weights_reach_the_experts_of_every_rank_and_outlive_a_death(
     experts.save_pretrained(tmp_path)
     with dplaunch.launch(str(tmp_path), dp=1, progress=False, **SMALL) as fresh:
         assert answers(fresh) == updated
-    os.kill(pids(together)[0], signal.SIGKILL)
-    poll_until(lambda: together.ranks_up == [0, 1] and names(together)[0].startswith("-r2"), START_S)
+    kill_and_await(together, 0)
+    assert names(together)[0].startswith("-r2")
     assert answers(together) == updated
     assert together.weight_version == "five"
 
