@@ -9,10 +9,14 @@ is used; older.py what older versions lack. What we rely on, and where:
   `determine_available_memory`, `initialize_from_config`, `compile_or_warm_up_model`. Ray below a rank:
   `ParallelConfig.placement_group` and `ray_runtime_env`, that workers go into those bundles of the group that have a
   device, and that `build_actor_name` names them after `instance_id`.
+* lockstep.py, a rank that steps with others: `DPEngineCoreProc`, also looked up in its module; that without a
+  coordinator it tells its frontend of the end of each wave (`EngineCoreOutputs.wave_complete`) and takes
+  `START_DP_WAVE` from it; `ParallelConfig.data_parallel_master_ip`, `_coord_store_port` and
+  `_data_parallel_master_port_list`.
 * weights.py, other weights in a rank: the worker's `start_weight_update`, `update_weights`, `finish_weight_update` and
   `reload_weights`, its `weight_transfer_engine`, `WeightTransferEngineFactory` and `WeightTransferEngine`,
   `initialize_layerwise_reload` and `finalize_layerwise_reload`, the model's `load_weights`, a layer's `cpu_linear` and
-  `quant_method`, `EngineCore.collective_rpc` and `compute_weight_checksums`, and `LoRARequest`. As utility methods:
+  `quant_method`, an experts' `moe_kernel` and `fused_experts`, `EngineCore.collective_rpc` and `compute_weight_checksums`, and `LoRARequest`. As utility methods:
   `pause_scheduler`, `resume_scheduler`, `sleep`, `wake_up`, `reset_prefix_cache`, `set_weight_version`, `add_lora`,
   `remove_lora`.
 * lora.py, adapters on a CPU: `bgmv_expand` and `bgmv_expand_slice` of `lora_ops`, that they take the inputs first and
