@@ -32,7 +32,7 @@ class LockstepGroup:
         while True:
             first, cause = await self._until_one_is_down()
             number = first.rank.identity.rank
-            self._say(f"{cause}: all ranks step together, so the group is restarted")
+            self._say(f"rank {number} is gone, and all ranks step together: the group is restarted")
             await self._end_all(f"rank {number} died, and the group steps together")
             if not await self._restart():
                 return first, cause

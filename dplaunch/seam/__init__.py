@@ -16,9 +16,9 @@ is used; older.py what older versions lack. What we rely on, and where:
 * weights.py, other weights in a rank: the worker's `start_weight_update`, `update_weights`, `finish_weight_update` and
   `reload_weights`, its `weight_transfer_engine`, `WeightTransferEngineFactory` and `WeightTransferEngine`,
   `initialize_layerwise_reload` and `finalize_layerwise_reload`, the model's `load_weights`, a layer's `cpu_linear` and
-  `quant_method`, an experts' `moe_kernel` and `fused_experts`, `EngineCore.collective_rpc` and `compute_weight_checksums`, and `LoRARequest`. As utility methods:
-  `pause_scheduler`, `resume_scheduler`, `sleep`, `wake_up`, `reset_prefix_cache`, `set_weight_version`, `add_lora`,
-  `remove_lora`.
+  `quant_method`, and of experts the latter's `moe_kernel` and its `fused_experts`, `EngineCore.collective_rpc` and
+  `compute_weight_checksums`, and `LoRARequest`. As utility methods: `pause_scheduler`, `resume_scheduler`, `sleep`,
+  `wake_up`, `reset_prefix_cache`, `set_weight_version`, `add_lora`, `remove_lora`.
 * lora.py, adapters on a CPU: `bgmv_expand` and `bgmv_expand_slice` of `lora_ops`, that they take the inputs first and
   the slots' indices as the fourth, and that `punica_cpu` looks them up in itself, as `lora_ops` does.
 * wire.py, the data path: `EngineCoreRequest`, `EngineCoreOutputs`, `MsgpackEncoder`, `MsgpackDecoder`, and the bytes
