@@ -9,10 +9,11 @@ is used; older.py what older versions lack. What we rely on, and where:
   `determine_available_memory`, `initialize_from_config`, `compile_or_warm_up_model`. Ray below a rank:
   `ParallelConfig.placement_group` and `ray_runtime_env`, that workers go into those bundles of the group that have a
   device, and that `build_actor_name` names them after `instance_id`.
-* compiled.py, one compile cache for all ranks: that a directory of it is named after `ParallelConfig.data_parallel_index`
-  and the worker's rank (`VllmBackend.__call__`, `_support_torch_compile`), that the number is in no hash, and that all is
-  compiled and saved when `determine_available_memory` returns; `VllmConfig.compute_hash`, `envs.compile_factors`,
-  `is_compile_cache_enabled`, `CompilationConfig.local_cache_dir`, and a worker's `device` and `rank`.
+* compiled.py, one compile cache for all ranks: that its directories are named after the worker's rank and
+  `ParallelConfig.data_parallel_index` (`VllmBackend.__call__`, `_support_torch_compile`), that the latter is in no
+  hash, and that all is compiled and saved when `determine_available_memory` returns; `VllmConfig.compute_hash`,
+  `envs.compile_factors`, `is_compile_cache_enabled`, `CompilationConfig.local_cache_dir`, and a worker's `device` and
+  `rank`.
 * weights.py, other weights in a rank: the worker's `start_weight_update`, `update_weights`, `finish_weight_update` and
   `reload_weights`, its `weight_transfer_engine`, `WeightTransferEngineFactory` and `WeightTransferEngine`,
   `initialize_layerwise_reload` and `finalize_layerwise_reload`, the model's `load_weights`, a layer's `cpu_linear` and
