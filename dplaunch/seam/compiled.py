@@ -49,10 +49,8 @@ def shared(executor: Any, boot: RankBoot, channel: RankChannel) -> Iterator[None
         yield
         return
     with contextlib.ExitStack() as stack:
-        try:
-            come = stack.enter_context(_turn(keys, boot, channel))
-        except OSError as error:
-            _say(f"rank {boot.rank} compiles for itself: there can be no lock beside vLLM's compile cache ({error})")
+        come = _turn(stack, keys, boot, channel)
+        if come is None:
             yield
             return
         executor.collective_rpc(be_number, args=(0,))
@@ -100,7 +98,8 @@ def be_number(worker: Any, number: int) -> str | None:
     return config.compilation_config.local_cache_dir or None
 
 
-def _turn(keys: list[str], boot: RankBoot, channel: RankChannel) -> contextlib.AbstractContextManager[Turn]:
+def _turn(stack: contextlib.ExitStack, keys: list[str], boot: RankBoot, channel: RankChannel) -> Turn | None:
+    """This rank's turn, which ends with the stack; None where there can be no lock."""
     from vllm import envs
 
     def on_wait(other: str) -> None:
@@ -108,7 +107,12 @@ def _turn(keys: list[str], boot: RankBoot, channel: RankChannel) -> contextlib.A
         channel.phase(f"waits for {other} to compile")
 
     key = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
-    return turn(Path(envs.VLLM_CACHE_ROOT) / FOLDER, key, f"rank {boot.rank} (pid {os.getpid()})", on_wait)
+    folder = Path(envs.VLLM_CACHE_ROOT) / FOLDER
+    try:
+        return stack.enter_context(turn(folder, key, f"rank {boot.rank} (pid {os.getpid()})", on_wait))
+    except OSError as error:
+        _say(f"rank {boot.rank} compiles for itself: there can be no lock beside vLLM's compile cache ({error})")
+        return None
 
 
 def _say(message: str) -> None:

@@ -42,6 +42,7 @@ def a_config() -> bytes:
     config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.VLLM_COMPILE))
     config.compilation_config.mode = CompilationMode.VLLM_COMPILE
     config.compilation_config.backend = "inductor"
+    config.compilation_config.compile_sizes = []
     config.parallel_config.distributed_executor_backend = "uni"
     pickled: bytes = cloudpickle.dumps(config)
     return pickled
