@@ -57,7 +57,8 @@ class Event:
         rank: the rank that it happened to; None for the group.
         incarnation: the rank's incarnation.
         state: the rank's state from now on; None when unchanged or when it is about the group.
-        phase: what a starting rank is busy with: importing, loading, compiling, capturing, warming.
+        phase: what a starting rank is busy with: importing, loading, compiling, capturing, warming,
+            or whom it waits for.
         level: how much it matters.
         at: Unix time, seconds.
         data: more about it for machines, by name: plain values that JSON can hold.

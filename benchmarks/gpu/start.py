@@ -11,16 +11,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from benchmarks.common import DPLAUNCH, STOCK, Comparison, Settings
+from benchmarks.common import DPLAUNCH, STOCK, Comparison
 from benchmarks.gpu.notes import Notes
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.steps import Script, Step
 from benchmarks.inprocess import run_child
 from benchmarks.servers import Server, dplaunch_server, stock_server
 
-Serve = Callable[[Settings], AbstractContextManager[tuple[Server, float]]]
+COMPILED = ("saved AOT compiled function to", "Cache the graph of compile range")
+"""What vLLM says when it has compiled (compilation/decorators.py and backends.py), and not when it has loaded."""
 
-SIDES: dict[str, Serve] = {STOCK: stock_server, DPLAUNCH: dplaunch_server}
+SIDES: dict[str, Callable[..., AbstractContextManager[tuple[Server, float]]]] = {
+    STOCK: stock_server,
+    DPLAUNCH: dplaunch_server,
+}
 
 GOAL = 0.35
 """Of stock's warm start."""
@@ -44,19 +48,31 @@ def over_http(side: str, dp: int | None) -> Callable[[Setup, Notes], None]:
         os.environ.update(places)
         settings = setup.settings("small", dp=ranks)
         for state in ("cold", "warm"):
-            with SIDES[side](settings) as (_, seconds):
+            logs = Path(places["VLLM_CACHE_ROOT"]).parent / f"logs-{state}"
+            with SIDES[side](settings, flags=("--log-dir", str(logs)) if side == DPLAUNCH else ()) as (_, seconds):
                 notes.value(f"{side} {state} dp={_label(dp)}", seconds)
             if state == "cold":
-                notes.value(f"{side} ranks that compiled, dp={_label(dp)}", compiled(setup, side, ranks), "")
+                notes.value(f"{side} graphs kept, dp={_label(dp)}", kept(setup, side, ranks), "")
+            if side == DPLAUNCH:
+                notes.value(f"{side} ranks that compiled, {state} dp={_label(dp)}", compiled(logs), "")
 
     return run
 
 
-def compiled(setup: Setup, side: str, dp: int) -> int:
-    """How many ranks have compiled graphs of their own: 1 when all share one rank's."""
+def kept(setup: Setup, side: str, dp: int) -> int:
+    """How many ranks' compiled graphs are kept: one for each that compiled for itself, 1 when all share one rank's."""
     root = Path(caches(setup, side, dp)["VLLM_CACHE_ROOT"])
     # vLLM (compilation/backends.py and decorators.py): .../HASH/rank_WORKER_DPRANK.
     return len({path.name for path in root.glob("torch_compile_cache/**/rank_*_*")})
+
+
+def compiled(logs: Path) -> int:
+    """How many of dplaunch's ranks say in their logs that they compiled; ranks that share a directory say it too.
+
+    Stock's do not: there vLLM has one line for all processes of a machine.
+    """
+    texts = [log.read_text(errors="replace") for log in logs.glob("rank*.log")]
+    return sum(any(line in text for line in COMPILED) for text in texts)
 
 
 def in_process(side: str, dp: int | None) -> Callable[[Setup, Notes], None]:

@@ -13,6 +13,11 @@ is used; older.py what older versions lack. What we rely on, and where:
   coordinator it tells its frontend of the end of each wave (`EngineCoreOutputs.wave_complete`) and takes
   `START_DP_WAVE` from it; `ParallelConfig.data_parallel_master_ip`, `_coord_store_port` and
   `_data_parallel_master_port_list`.
+* compiled.py, one compile cache for all ranks: that its directories are named after the worker's rank and
+  `ParallelConfig.data_parallel_index` (`VllmBackend.__call__`, `_support_torch_compile`), that the latter is in no
+  hash, and that all is compiled and saved when `determine_available_memory` returns; `VllmConfig.compute_hash`,
+  `envs.compile_factors`, `is_compile_cache_enabled`, `CompilationConfig.local_cache_dir`, and a worker's `device` and
+  `rank`.
 * weights.py, other weights in a rank: the worker's `start_weight_update`, `update_weights`, `finish_weight_update` and
   `reload_weights`, its `weight_transfer_engine`, `WeightTransferEngineFactory` and `WeightTransferEngine`,
   `initialize_layerwise_reload` and `finalize_layerwise_reload`, the model's `load_weights`, a layer's `cpu_linear` and

@@ -6,11 +6,11 @@ and tests/seam the recorded versions and the one that is installed.
 
 from __future__ import annotations
 
-from dplaunch.seam.names_engine import RANK, WEIGHTS, WIRE
+from dplaunch.seam.names_engine import COMPILED, RANK, WEIGHTS, WIRE
 from dplaunch.seam.names_frontend import CONFIG_AND_SERVER, FRONTEND, RESIZE, SAVED
 from dplaunch.seam.relied import numbers
 
-RELIED = (*RANK, *WEIGHTS, *WIRE, *FRONTEND, *RESIZE, *CONFIG_AND_SERVER, *SAVED)
+RELIED = (*RANK, *COMPILED, *WEIGHTS, *WIRE, *FRONTEND, *RESIZE, *CONFIG_AND_SERVER, *SAVED)
 """All of it."""
 
 PUBLIC = (

@@ -94,6 +94,24 @@ RANK = (
     Relied("vllm.config:ModelConfig", has=("enable_return_routed_experts",), until="0.30"),
 )
 
+COMPILED = (
+    Relied("vllm.compilation.backends:VllmBackend.__call__", mentions=("data_parallel_index", "rank", "cache_dir")),
+    Relied("vllm.compilation.decorators:_support_torch_compile", mentions=("data_parallel_index", "rank")),
+    Relied("vllm.compilation.compiler_interface:is_compile_cache_enabled", "vllm_additional_inductor_config"),
+    Relied("vllm.config:VllmConfig.compute_hash", "self"),
+    Relied("vllm.config:ParallelConfig.compute_hash", "self"),
+    Relied("vllm.envs:compile_factors", ""),
+    Relied("vllm.envs:VLLM_CACHE_ROOT"),
+    Relied("vllm.v1.executor:Executor.collective_rpc", "self, method, args="),
+    *fields(
+        {
+            "vllm.config:VllmConfig": "compilation_config",
+            "vllm.config:CompilationConfig": "mode cache_dir local_cache_dir inductor_compile_config",
+            "vllm.config:CompilationMode": "VLLM_COMPILE",
+        }
+    ),
+)
+
 WEIGHTS = (
     *calls(
         "vllm.v1.worker.gpu_worker",

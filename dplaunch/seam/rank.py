@@ -17,7 +17,7 @@ from typing import Any
 from dplaunch.backend import RankBoot
 from dplaunch.channel import COMPILING, RankChannel
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
-from dplaunch.seam import lockstep, lora
+from dplaunch.seam import compiled, lockstep, lora
 from dplaunch.seam.older import OlderCore
 from dplaunch.seam.weights import RankWeights
 
@@ -63,7 +63,7 @@ def run_engine(boot: RankBoot, channel: RankChannel) -> None:
         join_cluster(config.parallel_config, os.environ)
     if boot.cpus:
         _use_cores(len(boot.cpus))
-    executor_class = _with_phases(Executor.get_class(config), channel, eager=config.model_config.enforce_eager)
+    executor_class = _with_phases(Executor.get_class(config), boot, channel, eager=config.model_config.enforce_eager)
     # In this process only, and only for this: run_engine_core looks the class up in its module.
     run_engine_core = core.EngineCoreProc.run_engine_core
     place = payload.place
@@ -115,8 +115,8 @@ def _use_cores(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def _with_phases(base: type[Any], channel: RankChannel, *, eager: bool) -> type[Any]:
-    """The executor class, saying what it is busy with while the rank starts."""
+def _with_phases(base: type[Any], boot: RankBoot, channel: RankChannel, *, eager: bool) -> type[Any]:
+    """The executor class, saying what it is busy with while the rank starts; it compiles in turn with other ranks."""
 
     class Phased(base):  # type: ignore[misc]
         def _init_executor(self) -> None:
@@ -124,8 +124,9 @@ def _with_phases(base: type[Any], channel: RankChannel, *, eager: bool) -> type[
             super()._init_executor()
 
         def determine_available_memory(self, *args: Any, **kwargs: Any) -> Any:
-            channel.phase("profiling" if eager else "compiling")
-            return super().determine_available_memory(*args, **kwargs)
+            with compiled.shared(self, boot, channel):
+                channel.phase("profiling" if eager else "compiling")
+                return super().determine_available_memory(*args, **kwargs)
 
         def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
             channel.phase("allocating")

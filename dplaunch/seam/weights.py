@@ -187,7 +187,7 @@ def _pack_again(worker: Any) -> None:
         weight = getattr(layer, "weight", None)
         if hasattr(layer, "cpu_linear") and method is not None and weight is not None and weight.numel():
             method.process_weights_after_loading(layer)
-        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        experts: Any = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
         if on_cpu and hasattr(experts, "process_weights_after_loading"):
             experts.process_weights_after_loading(layer)
 

@@ -227,10 +227,22 @@ def test_ranks_that_share_a_compiled_graph_count_as_one(tmp_path: Path) -> None:
     root = Path(start.caches(setup, "stock", 2)["VLLM_CACHE_ROOT"]) / "torch_compile_cache"
     for name in ("h1/rank_0_0/backbone", "torch_aot_compile/h2/rank_0_0"):
         (root / name).mkdir(parents=True)
-    assert start.compiled(setup, "stock", 2) == 1
+    assert start.kept(setup, "stock", 2) == 1
     (root / "h1/rank_0_1").mkdir()
-    assert start.compiled(setup, "stock", 2) == 2
-    assert start.compiled(setup, "dplaunch", 2) == 0
+    assert start.kept(setup, "stock", 2) == 2
+    assert start.kept(setup, "dplaunch", 2) == 0
+
+
+def test_ranks_that_compiled_are_counted_by_what_they_say(tmp_path: Path) -> None:
+    said = {
+        0: "INFO [decorators.py:745] saved AOT compiled function to /cache/rank_0_0/model",
+        1: "dplaunch: rank 1 waits for rank 0 (pid 7) to compile\nDirectly load AOT compilation from path /cache",
+    }
+    for number, text in said.items():
+        (tmp_path / f"rank{number}.log").write_text(text)
+    assert start.compiled(tmp_path) == 1
+    (tmp_path / "rank1.log").write_text("[backbone] Cache the graph of compile range (1, 8192) for later use")
+    assert start.compiled(tmp_path) == 2
 
 
 def test_a_line_of_a_table_is_only_there_when_both_sides_were_measured() -> None:
