@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
 import dplaunch
 from dplaunch import demo_convert
-from tests.real.conftest import ENGINE_ARGS, run_command
+from tests.real.conftest import ENGINE_ARGS, serving
 from tests.real.families import kill_and_await, wait_gone
 
 ARGS: dict[str, Any] = {**ENGINE_ARGS, "max_model_len": 256, "kv_cache_memory_bytes": 32 * 2**20}
@@ -155,25 +154,14 @@ def test_a_pooling_model_gives_the_same_vectors_on_both_ranks(tiny: Path) -> Non
 
 def test_embeddings_are_served_over_http(tiny: Path, tmp_path: Path) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in ARGS.items() if value is not True]
-    command = run_command(
-        *("--dp", "2", "--model", str(tiny), "--port", "0", "--log-dir", str(tmp_path / "logs")),
-        *("--runner", "pooling", "--enforce-eager", *flags),
-    )
-    try:
-        address = command.wait_for(r"http://127\.0\.0\.1:\d+")[0]
-        command.wait_for("Ctrl-C")
+    with serving(tmp_path / "logs", "--model", str(tiny), "--runner", "pooling", "--enforce-eager", *flags) as server:
         body = {"model": str(tiny), "input": ["the sky", "the sea", "the sky", "the sky"]}
-        response = httpx.post(f"{address}/v1/embeddings", json=body, timeout=60)
+        response = server.http.post("/v1/embeddings", json=body)
         response.raise_for_status()
         vectors = [entry["embedding"] for entry in response.json()["data"]]
         assert [len(vector) for vector in vectors] == [128] * 4
         assert vectors[0] == pytest.approx(vectors[2], abs=1e-5)
         assert vectors[0] != pytest.approx(vectors[1], abs=1e-2)
-        assert command.interrupt() == 0, command.output
-    finally:
-        if command.process.poll() is None:
-            command.process.kill()
-            command.end()
 
 
 # A KV connector, and ranks with worker processes.
