@@ -44,6 +44,7 @@ class Step:
         name: unique within it.
         run: what it does, in a process of its own.
         limit_s: seconds until that process is ended.
+        about_s: seconds that it is expected to take, on two H100s.
         devices: how many it needs.
         on_cpu: whether a rehearsal can run it.
         env: further variables of its process.
@@ -52,6 +53,7 @@ class Step:
     name: str
     run: Callable[[Setup, Notes], None]
     limit_s: float
+    about_s: float = 0.0
     devices: int = 1
     on_cpu: bool = True
     env: Mapping[str, str] = field(default_factory=dict)
@@ -90,6 +92,9 @@ class Script:
         given = parser.parse_args()
         if unknown := [name for name in _names(given.only) if name not in self.steps]:
             parser.error(f"no step is called {unknown[0]!r}; there are {', '.join(self.steps)}")
+        if given.list:
+            print_table([(step.name, f"{step.about_s:.0f} s") for step in self.steps.values()])
+            return
         if given.step:
             run, setup = self.steps[given.step].run, Setup(**json.loads(given.setup))
             run(setup, Notes(given.step))
@@ -111,6 +116,7 @@ class Script:
         parser.add_argument("--only", help="steps to run, apart by commas: " + ",".join(self.steps))
         parser.add_argument("--limit-s", type=float, default=LIMIT_S, help=f"for all of it (default {LIMIT_S:.0f})")
         parser.add_argument("--cpu-rehearsal", action="store_true", help="a tiny model, without devices")
+        parser.add_argument("--list", action="store_true", help="the steps, and about how long each takes; runs none")
         parser.add_argument("--step", help=argparse.SUPPRESS)
         parser.add_argument("--setup", help=argparse.SUPPRESS)
         return parser
