@@ -1,6 +1,5 @@
 """In one call: executors, one rank and all, lockstep, Ray, the start of one rank (`python -m benchmarks.gpu.rest`).
 
-
 The steps of `moe` and `ray` that two devices suffice for; those scripts have them all.
 """
 

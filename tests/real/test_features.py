@@ -13,6 +13,7 @@ import pytest
 
 import dplaunch
 from dplaunch import demo_convert
+from tests.lora import write_adapter
 from tests.real.conftest import ENGINE_ARGS, serving
 from tests.real.families import kill_and_await, wait_gone
 
@@ -50,35 +51,6 @@ def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that turns them over in another way."""
     return write_adapter(tmp_path_factory.mktemp("other"), tiny, seed=2)
-
-
-def write_adapter(directory: Path, model: Path, *, seed: int) -> Path:
-    import numpy
-    import safetensors.numpy
-
-    targets = ("q_proj", "o_proj")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model),
-        "r": 8,
-        "lora_alpha": 16,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": targets,
-    }
-    (directory / "adapter_config.json").write_text(json.dumps(settings))
-    config = json.loads((model / "config.json").read_text())
-    hidden = config["hidden_size"]
-    random = numpy.random.default_rng(seed)
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name in targets:
-            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            weights[f"{at}.lora_A.weight"] = random.normal(0, 0.5, (8, hidden)).astype(numpy.float32)
-            weights[f"{at}.lora_B.weight"] = random.normal(0, 0.5, (hidden, 8)).astype(numpy.float32)
-    safetensors.numpy.save_file(weights, directory / "adapter_model.safetensors")
-    return directory
 
 
 def of_each(group: dplaunch.Group, *loras: Any) -> list[list[list[int]]]:
