@@ -88,7 +88,7 @@ def used_again() -> Iterator[tuple[str, Any]]:
 
 async def test_each_tensor_of_an_iterator_is_read_before_the_next_is_asked_for() -> None:
     for keep in (None, "memory"):
-        source = as_source(used_again(), keep)  # type: ignore[arg-type]
+        source = as_source(used_again(), keep)
         found, count = await read(source)
         assert count == 4
         assert equal(found, {str(number): torch.full((10,), float(number)) for number in range(7)})
