@@ -36,8 +36,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained_on(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two ranks of a tiny model, with the endpoints that a trainer needs."""
-    flags = ("--model", str(tiny), "--dtype", "float32", "--max-model-len", "256", "--enforce-eager")
-    flags += ("--kv-cache-memory-bytes", str(64 * 2**20), "--logprobs-mode", "processed_logprobs")
+    flags = ["--model", str(tiny), "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
+    flags += ["--kv-cache-memory-bytes", str(64 * 2**20), "--logprobs-mode", "processed_logprobs"]
     with serving(tmp_path_factory.mktemp("logs"), *flags, env={"VLLM_SERVER_DEV_MODE": "1"}) as server:
         yield server
 
