@@ -413,12 +413,6 @@ def test_the_launchers_environment_is_cleaned_and_the_users_variables_are_set() 
     assert (env["PATH"], env["HELLO"], env["CUDA_VISIBLE_DEVICES"]) == ("/bin", "x", "0")
 
 
-@pytest.fixture(autouse=True)
-def _for_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is planned here does not hang on what is installed."""
-    monkeypatch.setattr(builds, "build_of", lambda name: None)
-
-
 class StubBackend:
     """Knows the inventory only."""
 
