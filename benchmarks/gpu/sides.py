@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -41,6 +43,13 @@ UNDER_LOAD = Amount(clients=48, questions=48, tokens=256, steady_s=8.0)
 
 UNITS = {"failed": "%", "back": "s", "pause": "s", "before": "ms", "alone": "ms", "during": "ms"}
 """Of what `bench_recover` measures, by the last word of its name."""
+
+
+def imports(setup: Setup, notes: Notes) -> None:
+    """A step: reads vLLM's files once, so that whoever starts first does not wait for the disk alone."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import vllm.entrypoints.cli.main, vllm.v1.engine.core"], check=True)
+    notes.value("importing vLLM for the first time", time.monotonic() - began)
 
 
 def in_process(side: str, model: str) -> Run:

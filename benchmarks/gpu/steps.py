@@ -113,7 +113,9 @@ class Script:
         parser = argparse.ArgumentParser(description=self._about)
         parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="where results go")
         parser.add_argument("--dp", type=int, help="ranks; by default one for each device")
-        parser.add_argument("--only", help="steps to run, apart by commas: " + ",".join(self.steps))
+        parser.add_argument(
+            "--only", help="steps to run, apart by commas; the others as --out has them: " + ",".join(self.steps)
+        )
         parser.add_argument("--limit-s", type=float, default=LIMIT_S, help=f"for all of it (default {LIMIT_S:.0f})")
         parser.add_argument("--cpu-rehearsal", action="store_true", help="a tiny model, without devices")
         parser.add_argument("--list", action="store_true", help="the steps, and about how long each takes; runs none")
@@ -126,12 +128,15 @@ class Script:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         given.out.mkdir(parents=True, exist_ok=True)
         Path(setup.directory).mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + given.limit_s
-        for name in _names(given.only) or self.steps:
+        deadline, file = time.monotonic() + given.limit_s, given.out / f"{self.name}.json"
+        if only := _names(given.only):
+            # What an earlier call had no time for is compared with what that call has found.
+            self._outcomes = [outcome for outcome in saved(file) if outcome.step not in only]
+        for name in only or self.steps:
             outcome = self._outcome(self.steps[name], setup, deadline, given.out / f"{self.name}.log")
             self._outcomes.append(outcome)
             say(f"[{self.name}] {name}: {outcome.state} after {outcome.seconds:.0f} s")
-            self._save(setup, given.out / f"{self.name}.json")
+            self._save(setup, file)
         self._print()
         return 0 if all(good(outcome) for outcome in self._outcomes) else 1
 
@@ -215,6 +220,14 @@ class Script:
         print_table(rows)
         failed = [outcome.step for outcome in self._outcomes if not good(outcome)]
         print(f"{self.name}: " + (f"NOT WELL: {', '.join(failed)}" if failed else "all well"), flush=True)
+
+
+def saved(file: Path) -> list[Outcome]:
+    """What earlier calls have left there; nothing where there was none."""
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text())["steps"]
+    return [Outcome(**{**each, "notes": [Note(**note) for note in each["notes"]]}) for each in found]
 
 
 def good(outcome: Outcome) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,9 +97,17 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started_and_the_others_run(
     assert "ValueError: broken" in (tmp_path / "out" / "sample.log").read_text()
 
 
-def test_only_the_steps_that_were_named_are_run_and_none_when_no_time_is_left(tmp_path: Path) -> None:
+def test_only_the_steps_that_were_named_are_run_and_the_others_are_as_they_were(tmp_path: Path) -> None:
+    before = [
+        Outcome(step="hangs", state="done", notes=[Note(step="hangs", name="theirs", value=8.0)]),
+        Outcome(step="good", state="skipped: no time is left"),
+    ]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sample.json").write_text(json.dumps({"steps": [asdict(outcome) for outcome in before]}))
     done, result = rehearse(tmp_path, "--only", "good", "--limit-s", "60")
-    assert [(outcome["step"], outcome["state"]) for outcome in result["steps"]] == [("good", "done")]
+    states = [(outcome["step"], outcome["state"]) for outcome in result["steps"]]
+    assert states == [("hangs", "done"), ("good", "done")]
+    assert result["ratios"][0]["ratio"] == 0.25
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "sample: all well")
 
 
