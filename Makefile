@@ -3,6 +3,7 @@
 PYTHON ?= python3
 DEVICE ?= auto
 PORT ?= 8000
+DP ?= $(shell $(BIN)/python -c "from dplaunch.inventory import local_node as n; print(min(2, len(n().devices)) or 2)")
 BACKEND ?=
 VERSION ?= 0.33.0
 ARGS ?=
@@ -23,8 +24,9 @@ env: $(STAMP) ## the virtual environment .venv (PYTHON=python3.12, DEVICE=cpu|cu
 $(STAMP): setup.cfg scripts/make_env.py
 	@$(PYTHON) scripts/make_env.py --device $(DEVICE)
 
-run: env ## two ranks of the built-in model on 127.0.0.1:8000 (PORT=8080, ARGS="--max-model-len 2048")
-	@$(BIN)/dplaunch --backend mp --dp 2 --port $(PORT) $(ARGS)
+# Two ranks, or one where there is one GPU; asked for when the recipe runs, which is after `env`.
+run: env ## ranks of the built-in model on 127.0.0.1:8000 (DP=8, PORT=8080, ARGS="--max-model-len 2048")
+	@$(BIN)/dplaunch --backend mp --dp $(DP) --port $(PORT) $(ARGS)
 
 test: lint types ## lint, types and all tests (ARGS="-k zygote -x")
 	@$(PYTEST) $(ARGS)

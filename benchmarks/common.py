@@ -62,8 +62,8 @@ class Settings:
         """The same as command-line flags."""
         flags: list[str] = []
         for name, value in self.engine_args.items():
-            flags.append(f"--{name.replace('_', '-')}")
-            if value is not True:
+            flags.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
+            if not isinstance(value, bool):
                 flags.append(str(value))
         return flags
 

@@ -7,7 +7,6 @@ containers keep small. Ranks open it through the launcher's entry in /proc.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import mmap
 import os
 import secrets
@@ -65,63 +64,79 @@ def new_memory(name: str) -> tuple[int, str]:
     return fd, f"/proc/{os.getpid()}/fd/{fd}"
 
 
-def fill(
-    tensors: Iterable[tuple[str, Any]],
-    folder: Path | None = None,
-    number: int = 0,
-    like: Sequence[tuple[str, Any]] | None = None,
-) -> Bucket:
-    """Writes tensors into a new bucket.
+def in_buckets(
+    tensors: Iterable[tuple[str, Any]], most: int = BUCKET_BYTES, folder: Path | None = None
+) -> Iterator[Bucket]:
+    """Tensors in the order in which they come, in buckets; each bucket is freed by whoever asked for it.
+
+    A tensor is written before the next one is asked for: trainers hand out memory that they use again for the next,
+    and take back what they have merged or gathered.
 
     Args:
-        tensors: by name; on any device.
-        folder: where it becomes a file; None for memory.
-        number: tells its file from others.
-        like: names, and tensors of the same types and shapes, where `tensors` can be gone through but once. Each is
-            written before the next is asked for, and none is asked for beyond these.
+        tensors: by name; on any device. A sharded one is gathered when it comes, which is when it is whole.
+        most: bytes of a bucket; a larger tensor has one of its own.
+        folder: where buckets become files; None for memory.
     """
-    if like is None:
-        like = tensors = list(tensors)
-    entries, size = _layout(like)
+    bucket: Bucket | None = None
+    entries: list[Entry] = []
+    number = 0
+    try:
+        for name, tensor in tensors:
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            nbytes = whole.numel() * whole.element_size()
+            if bucket is not None and bucket.size + nbytes > most:
+                full, bucket = bucket, None
+                yield _finished(full, entries, folder)
+            if bucket is None:
+                number += 1
+                bucket, entries = _new_bucket(folder, number), []
+            entries.append(_written(bucket, name, whole, nbytes))
+        if bucket is not None:
+            full, bucket = bucket, None
+            yield _finished(full, entries, folder)
+    finally:
+        if bucket is not None:
+            bucket.free()
+
+
+def _new_bucket(folder: Path | None, number: int) -> Bucket:
     if folder is None:
         fd, path = new_memory(MEMORY_NAME)
     else:
         path = str(folder / f"{number}.bucket")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    bucket = Bucket(path, size, entries, fd)
+    return Bucket(path, 0, (), fd)
+
+
+def _written(bucket: Bucket, name: str, tensor: Any, nbytes: int) -> Entry:
+    """Puts a tensor behind the others.
+
+    By write(2), which fills new pages in half the time of a mapping, and says so where a disk is full.
+    """
+    import torch
+
+    start = -(-bucket.size // ALIGNMENT) * ALIGNMENT
+    if nbytes:
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
+        left = memoryview(flat.numpy())
+        while left:
+            # One call writes 2 GiB at most.
+            left = left[os.pwrite(bucket.fd, left, start + nbytes - len(left)) :]
+    bucket.size = start + nbytes
+    return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, nbytes
+
+
+def _finished(bucket: Bucket, entries: Sequence[Entry], folder: Path | None) -> Bucket:
+    bucket.entries = tuple(entries)
     try:
-        os.ftruncate(fd, max(1, size))
-        _write(fd, itertools.islice(tensors, len(entries)), entries)
-        if folder is not None:
-            bucket.free()
+        # Not shorter than its entries say, where the last one is empty; and nothing can be mapped of no bytes.
+        os.ftruncate(bucket.fd, max(1, bucket.size))
     except BaseException:
         bucket.free()
         raise
+    if folder is not None:
+        bucket.free()
     return bucket
-
-
-def _layout(tensors: Sequence[tuple[str, Any]]) -> tuple[tuple[Entry, ...], int]:
-    entries: list[Entry] = []
-    size = 0
-    for name, tensor in tensors:
-        start = -(-size // ALIGNMENT) * ALIGNMENT
-        nbytes = tensor.numel() * tensor.element_size()
-        entries.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, nbytes))
-        size = start + nbytes
-    return tuple(entries), size
-
-
-def _write(fd: int, tensors: Iterable[tuple[str, Any]], entries: Sequence[Entry]) -> None:
-    """By write(2), which fills new pages in half the time of a mapping, and says so where a disk is full."""
-    import torch
-
-    for (_, tensor), (_, _, _, start, nbytes) in zip(tensors, entries, strict=True):
-        if nbytes:
-            flat = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
-            left = memoryview(flat.numpy())
-            while left:
-                # One call writes 2 GiB at most.
-                left = left[os.pwrite(fd, left, start + nbytes - len(left)) :]
 
 
 def mapped(path: str) -> mmap.mmap:

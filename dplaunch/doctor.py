@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import importlib.metadata
 import json as json_format
 import os
-import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from dplaunch import seam
+from dplaunch.builds import NO_DEVICE_HINT, build_of, is_cuda
 from dplaunch.errors import DplaunchError, ExitCode
 
 MIN_PYTHON = (3, 11)
@@ -134,7 +131,7 @@ def _vllm() -> Iterator[Check]:
 
 
 def _torch() -> Iterator[Check]:
-    found = _build("torch")
+    found = build_of("torch")
     if found is None:
         yield Check("torch", Status.FAIL, "not installed", "It comes with vLLM: install that again.")
     else:
@@ -143,12 +140,12 @@ def _torch() -> Iterator[Check]:
 
 
 def _companions() -> Iterator[Check]:
-    torch = _build("torch")
+    torch = build_of("torch")
     if torch is None:
         return
     wrong = []
     for name in COMPANIONS:
-        found = _build(name)
+        found = build_of(name)
         # One of an unknown build cannot be judged without importing it.
         if found is not None and found[1] and torch[1] and found[1].split()[0] != torch[1].split()[0]:
             wrong.append(f"{name} {found[0]} is built for {found[1]}, torch for {torch[1]}")
@@ -160,32 +157,6 @@ def _companions() -> Iterator[Check]:
             "; ".join(wrong),
             f"Text models need none of them: pip uninstall {names}",
         )
-
-
-def _build(name: str) -> tuple[str, str] | None:
-    """The version of a package built against torch, and for what: "CPU", "CUDA 13.0" or ""; None when missing."""
-    try:
-        distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    source = ""
-    with contextlib.suppress(OSError):
-        source = Path(str(distribution.locate_file(f"{name}/version.py"))).read_text()
-    # The wheel's own name may lack the "+cpu" or "+cu130" that the code inside carries.
-    stated = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", source, re.MULTILINE)
-    version = stated[1] if stated else distribution.version
-    cuda = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", source, re.MULTILINE)
-    return version, _build_of(version, cuda[1] if cuda else None)
-
-
-def _build_of(version: str, cuda: str | None) -> str:
-    _, _, local = version.partition("+")
-    if cuda is not None:
-        return f"CUDA {cuda}"
-    if local.startswith("cu"):
-        digits = local.removeprefix("cu")
-        return f"CUDA {digits[:-1]}.{digits[-1:]}" if digits.isdecimal() else "CUDA"
-    return "CPU" if local.startswith("cpu") else ""
 
 
 def _node() -> Iterator[Check]:
@@ -210,9 +181,11 @@ def _node() -> Iterator[Check]:
 
 
 def _devices(devices: list[tuple[str, str, int, int]]) -> Iterator[Check]:
-    if not devices:
+    torch = build_of("torch")
+    if not devices and is_cuda(torch):
+        yield Check("devices", Status.FAIL, f"no NVIDIA device, but torch is built for {torch[1]}", NO_DEVICE_HINT)
+    elif not devices:
         yield Check("devices", Status.OK, "no NVIDIA device: the cores are the devices")
-    torch = _build("torch")
     for index, name, free, total in devices:
         found = f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         if torch is not None and torch[1] == "CPU":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dplaunch.argv import refuse_data_parallel
 from dplaunch.asked import Asked
+from dplaunch.builds import check_build
 from dplaunch.choices import choose_executor, choose_mode, mode_warnings
 from dplaunch.errors import UsageError
 from dplaunch.identity import Identity, base_of, new_base_id
@@ -60,6 +61,7 @@ async def plan_launch(
     refuse_data_parallel(spec.vllm_argv)
     model = read_model_of(spec)
     inventory = await backend.inventory(spec)
+    check_build(spec, inventory)
     path, note = (None, "") if model is not None else await _builtin(make_model, say)
     return make_plan(spec, inventory, model, environ=os.environ, builtin_path=path, builtin_note=note)
 

@@ -20,7 +20,7 @@ from dplaunch.errors import UsageError
 _PATH = re.compile(r"/proc/[1-9]\d{0,9}/fd/\d{1,9}")
 
 _NAME = f"/memfd:{MEMORY_NAME}"
-"""How the kernel shows memory of `bucket.fill`, in front of " (deleted)"."""
+"""How the kernel shows memory of `bucket.in_buckets`, in front of " (deleted)"."""
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 """What nobody may do any more: a mapping of memory that shrinks kills whoever reads it (SIGBUS)."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from dplaunch.bucket import BUCKET_BYTES, WEIGHT_FILES, Bucket, fill
+from dplaunch.bucket import BUCKET_BYTES, WEIGHT_FILES, Bucket, in_buckets
 from dplaunch.errors import UsageError
 from dplaunch.threads import in_thread
 
@@ -103,14 +103,10 @@ class Stream:
 
     async def buckets(self, folder: Path | None = None) -> AsyncIterator[Bucket]:
         """One is filled while the one before is loaded: two are there at a time."""
-        rest = _portions(self._tensors(), self._bucket_bytes)
-        number = 0
+        rest = in_buckets(self._tensors(), self._bucket_bytes, folder)
 
         def following() -> Bucket | None:
-            nonlocal number
-            portion = next(rest, None)
-            number += 1
-            return None if portion is None else fill(portion, folder, number)
+            return next(rest, None)
 
         ahead = in_thread(following, "weights")
         try:
@@ -269,19 +265,3 @@ class _Watched:
 def _writes(tensor: Any) -> int:
     # Inference tensors are not counted.
     return -1 if tensor.is_inference() else int(tensor._version)
-
-
-def _portions(tensors: Tensors, bucket_bytes: int) -> Iterator[list[tuple[str, Any]]]:
-    portion: list[tuple[str, Any]] = []
-    size = 0
-    for name, tensor in tensors:
-        # A sharded one is gathered here, which is the only moment at which it is whole.
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        nbytes = whole.numel() * whole.element_size()
-        if portion and size + nbytes > bucket_bytes:
-            yield portion
-            portion, size = [], 0
-        portion.append((name, whole))
-        size += nbytes
-    if portion:
-        yield portion

@@ -127,9 +127,11 @@ def install(title: str, arguments: list[str]) -> None:
 
 
 def heartbeat(stop: threading.Event, started: float) -> None:
+    free = shutil.disk_usage(ENV).free
     while not stop.wait(HEARTBEAT_S):
-        line = tail(1).strip()[:80]
-        print(f"env:   {time.monotonic() - started:4.0f} s  {line}", flush=True)
+        # pip says nothing for minutes while it unpacks; the disk does.
+        written = max(0, free - shutil.disk_usage(ENV).free) / 1e9
+        print(f"env:   {time.monotonic() - started:4.0f} s  {written:4.1f} GB  {tail(1).strip()[:80]}", flush=True)
 
 
 def tail(count: int) -> str:

@@ -63,12 +63,11 @@ def _without_extension(args: dict[str, Any]) -> dict[str, Any]:
 def group(setup: Setup, notes: Notes) -> None:
     """One group from launch to close; the order is that of what each part needs."""
     settings = setup.with_weights(gpu_memory_utilization=0.1 if setup.cpu else 0.5, enable_sleep_mode=not setup.cpu)
-    args = {name: value for name, value in settings.engine_args.items() if value is not False}
     module = looks.trainer(str(settings.model), "cpu" if setup.cpu else "cuda:0")
     if not setup.cpu:
         notes.check("this process has used CUDA before", devices.has_cuda(os.getpid()))
     called = time.monotonic()
-    with dplaunch.launch(model=str(settings.model), dp=settings.dp, **args) as ranks:
+    with dplaunch.launch(model=str(settings.model), dp=settings.dp, **settings.engine_args) as ranks:
         notes.value("dplaunch.launch: ready after", time.monotonic() - called)
         pids = looks.worker_pids(ranks)
         if not setup.cpu:
@@ -198,10 +197,10 @@ SCRIPT = Script(
     "first",
     __doc__,
     [
-        Step(name="unpacked", run=unpacked, limit_s=120),
-        Step(name="stock", run=stock, limit_s=180),
-        Step(name="group", run=group, limit_s=300),
-        Step(name="http", run=http, limit_s=180),
+        Step(name="unpacked", run=unpacked, limit_s=120, about_s=40),
+        Step(name="stock", run=stock, limit_s=180, about_s=70),
+        Step(name="group", run=group, limit_s=300, about_s=150),
+        Step(name="http", run=http, limit_s=180, about_s=60),
     ],
 )
 

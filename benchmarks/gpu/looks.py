@@ -34,10 +34,12 @@ def worker_pids(group: dplaunch.Group, rank: int | None = None) -> list[int]:
     return [worker["pid"] for workers in facts(group, rank) for worker in workers]
 
 
-def answers(group: dplaunch.Group, rank: int, count: int = len(PROMPTS)) -> list[list[int]]:
+def answers(group: dplaunch.Group, rank: int, count: int = len(PROMPTS), lora: Any = None) -> list[list[int]]:
     """Greedy tokens of one rank, one prompt at a time: a batch of another shape may round otherwise."""
-    params = greedy()
-    asked = [group.generate([prompt], params, data_parallel_rank=rank, progress=False) for prompt in PROMPTS[:count]]
+    asked = [
+        group.generate([prompt], greedy(), data_parallel_rank=rank, lora_request=lora, progress=False)
+        for prompt in PROMPTS[:count]
+    ]
     return [list(output.outputs[0].token_ids) for (output,) in asked]
 
 

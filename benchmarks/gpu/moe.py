@@ -118,10 +118,11 @@ SCRIPT = Script(
             name="lockstep",
             run=mode("lockstep", enable_expert_parallel=True),
             limit_s=280,
+            about_s=110,
             devices=2,
             on_cpu=False,
         ),
-        Step(name="independent", run=mode("independent"), limit_s=220, devices=2),
+        Step(name="independent", run=mode("independent"), limit_s=220, about_s=90, devices=2),
     ],
     COMPARISONS,
 )

@@ -14,10 +14,10 @@ import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dplaunch.bucket import BUCKET_BYTES, fill
+from dplaunch.bucket import BUCKET_BYTES, in_buckets
 from dplaunch.errors import UsageError
 from dplaunch.posted import as_told, seal
 from dplaunch.standstill import PauseMode
@@ -102,16 +102,12 @@ def client_class() -> type[Any]:
                 self._send(metadata, named_params)
 
         def _send(self, metadata: Sequence[Described], named_params: Iterator[tuple[str, Any]]) -> None:
-            for like in _portions(metadata):
-                # Not one more than it holds is asked for: PEFT takes its merge back when the last one was taken.
-                bucket = fill(_matching(named_params, like), like=like)
+            for bucket in in_buckets(_announced(metadata, named_params), BUCKET_BYTES):
                 try:
                     seal(bucket)
                     self._part({BUCKET: as_told(bucket), **self.options})
                 finally:
                     bucket.free()
-            for _ in named_params:  # Its end, where trainers put back what they have gathered.
-                raise UsageError("there are more weights than were announced", hint="Announce each in `metadata`.")
 
         @contextlib.contextmanager
         def _given_up_on_error(self) -> Iterator[None]:
@@ -129,31 +125,26 @@ def client_class() -> type[Any]:
     return MemoryClient
 
 
-def _portions(metadata: Sequence[Described]) -> Iterator[list[tuple[str, Any]]]:
-    """What goes into a bucket each, as tensors without memory."""
-    import torch
+def _announced(metadata: Sequence[Described], tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The tensors, which have to be those that were announced.
 
-    portion: list[tuple[str, Any]] = []
-    size = 0
-    for name, dtype, shape in metadata:
-        like = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")
-        nbytes = like.numel() * like.element_size()
-        if portion and size + nbytes > BUCKET_BYTES:
-            yield portion
-            portion, size = [], 0
-        portion.append((name, like))
-        size += nbytes
-    if portion:
-        yield portion
+    They are read to their end, where trainers put back what they have gathered.
 
-
-def _matching(tensors: Iterable[tuple[str, Any]], like: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The next of the tensors, which have to be those that were announced."""
-    for (name, wanted), (found, tensor) in zip(like, itertools.islice(tensors, len(like)), strict=True):
-        if found != name or tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+    Raises:
+        UsageError: when another one comes, one more or one less.
+    """
+    hint = "Send weights in the order of `metadata`, and announce each there."
+    for described, given in itertools.zip_longest(metadata, tensors):
+        if described is None or given is None:
+            raise UsageError(f"{len(metadata)} weights were announced, and {_fewer_or_more(given)} came", hint=hint)
+        (name, dtype, shape), (found, tensor) = described, given
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if (found, kind, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
             raise UsageError(
-                f"{name} {wanted.dtype} {tuple(wanted.shape)} was announced, and {found} {tensor.dtype} "
-                f"{tuple(tensor.shape)} came",
-                hint="Send weights in the order of `metadata`.",
+                f"{name} {dtype} {tuple(shape)} was announced, and {found} {kind} {tuple(tensor.shape)} came", hint=hint
             )
         yield name, tensor
+
+
+def _fewer_or_more(given: object) -> str:
+    return "fewer" if given is None else "more"

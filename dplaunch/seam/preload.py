@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dplaunch.seam.names import modules_of
@@ -38,12 +39,36 @@ CUDA_MODULES = (
 )
 
 
+QUIET_IMPORTS = {"HUMMING_DISABLE_PARALLEL_BUILD": "1"}
+"""Of a package of kernels that vLLM 0.33 for CUDA brings along (humming, utils/nvrtc.py and ops/utils.py): when it is
+imported it starts compilers, with a thread for each, for kernels that few models use and that it can build later."""
+
+
 def preload() -> None:
     """Imports what every rank needs. A module that this vLLM lacks costs a rank its import, not the launch."""
     import torch
 
     # One thread until the rank says how many: a pool made here would be dead in every fork.
     torch.set_num_threads(1)
+    with _environment(QUIET_IMPORTS):
+        _import_all()
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _import_all() -> None:
     for name in modules_of("make_arg_parser") + MODULES + (CUDA_MODULES if _cuda_build() else CPU_MODULES):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

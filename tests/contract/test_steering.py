@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dplaunch.bucket import fill
+from dplaunch.bucket import in_buckets
 from dplaunch.errors import DplaunchError
 from dplaunch.group import AsyncGroup
 from dplaunch.posted import as_told, seal
@@ -25,7 +25,7 @@ async def post(group: AsyncGroup, weights: Mapping[str, Any], **options: Any) ->
     """Sends a bucket, as the route does; its writer lets go of it at once."""
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-    bucket = fill(list(weights.items()))
+    (bucket,) = in_buckets(weights.items())
     seal(bucket)
     try:
         told = {BUCKET: as_told(bucket), **options}

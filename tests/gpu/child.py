@@ -17,8 +17,8 @@ def _main(asked: dict[str, Any]) -> None:
     if asked["stock"]:
         _say({"answers": looks.stock_answers(asked["args"], asked["path"])})
         return
-    with dplaunch.launch(model=asked["path"], dp=asked["dp"], progress=False, **asked["args"]) as group:
-        _say({"workers": looks.worker_pids(group)})
+    with dplaunch.launch(model=asked["path"], progress=False, **asked["args"]) as group:
+        _say({"ranks": looks.facts(group), "answers": [looks.answers(group, rank, 2) for rank in group.ranks_up]})
         sys.stdin.read()
     _say({"closed": True})
 

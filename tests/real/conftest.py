@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -175,12 +175,16 @@ class Server:
 @pytest.fixture(scope="session")
 def server(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of two ranks on a free port, with LoRA and the OpenAI endpoints of the model."""
-    log_dir = tmp_path_factory.mktemp("server-logs")
-    command = run_command(
-        *("--backend", "mp", "--dp", "2", "--model", smollm, "--port", "0", "--log-dir", str(log_dir)),
-        *("--served-model-name", "smollm"),
-        *SERVER_FLAGS,
-    )
+    flags = ("--model", smollm, "--served-model-name", "smollm", *SERVER_FLAGS)
+    with serving(tmp_path_factory.mktemp("server-logs"), *flags) as server:
+        yield server
+
+
+@contextmanager
+def serving(log_dir: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """`dplaunch` with two ranks on a free port, ended by Ctrl-C; its exit code has to be 0."""
+    ours = ("--backend", "mp", "--dp", "2", "--port", "0", "--log-dir", str(log_dir))
+    command = run_command(*ours, *flags, env=env)
     try:
         address = command.wait_for(r"http://127\.0\.0\.1:\d+")[0]
         command.wait_for("Ctrl-C")

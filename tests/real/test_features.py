@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
 import dplaunch
 from dplaunch import demo_convert
-from tests.real.conftest import ENGINE_ARGS, run_command
+from tests.lora import write_adapter
+from tests.real.conftest import ENGINE_ARGS, serving
 from tests.real.families import kill_and_await, wait_gone
 
 ARGS: dict[str, Any] = {**ENGINE_ARGS, "max_model_len": 256, "kv_cache_memory_bytes": 32 * 2**20}
@@ -51,35 +51,6 @@ def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that turns them over in another way."""
     return write_adapter(tmp_path_factory.mktemp("other"), tiny, seed=2)
-
-
-def write_adapter(directory: Path, model: Path, *, seed: int) -> Path:
-    import numpy
-    import safetensors.numpy
-
-    targets = ("q_proj", "o_proj")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model),
-        "r": 8,
-        "lora_alpha": 16,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": targets,
-    }
-    (directory / "adapter_config.json").write_text(json.dumps(settings))
-    config = json.loads((model / "config.json").read_text())
-    hidden = config["hidden_size"]
-    random = numpy.random.default_rng(seed)
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name in targets:
-            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            weights[f"{at}.lora_A.weight"] = random.normal(0, 0.5, (8, hidden)).astype(numpy.float32)
-            weights[f"{at}.lora_B.weight"] = random.normal(0, 0.5, (hidden, 8)).astype(numpy.float32)
-    safetensors.numpy.save_file(weights, directory / "adapter_model.safetensors")
-    return directory
 
 
 def of_each(group: dplaunch.Group, *loras: Any) -> list[list[list[int]]]:
@@ -155,25 +126,14 @@ def test_a_pooling_model_gives_the_same_vectors_on_both_ranks(tiny: Path) -> Non
 
 def test_embeddings_are_served_over_http(tiny: Path, tmp_path: Path) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in ARGS.items() if value is not True]
-    command = run_command(
-        *("--dp", "2", "--model", str(tiny), "--port", "0", "--log-dir", str(tmp_path / "logs")),
-        *("--runner", "pooling", "--enforce-eager", *flags),
-    )
-    try:
-        address = command.wait_for(r"http://127\.0\.0\.1:\d+")[0]
-        command.wait_for("Ctrl-C")
+    with serving(tmp_path / "logs", "--model", str(tiny), "--runner", "pooling", "--enforce-eager", *flags) as server:
         body = {"model": str(tiny), "input": ["the sky", "the sea", "the sky", "the sky"]}
-        response = httpx.post(f"{address}/v1/embeddings", json=body, timeout=60)
+        response = server.http.post("/v1/embeddings", json=body)
         response.raise_for_status()
         vectors = [entry["embedding"] for entry in response.json()["data"]]
         assert [len(vector) for vector in vectors] == [128] * 4
         assert vectors[0] == pytest.approx(vectors[2], abs=1e-5)
         assert vectors[0] != pytest.approx(vectors[1], abs=1e-2)
-        assert command.interrupt() == 0, command.output
-    finally:
-        if command.process.poll() is None:
-            command.process.kill()
-            command.end()
 
 
 # A KV connector, and ranks with worker processes.

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from dplaunch.seam import frontend
 from examples.grpo_trl import PROMPTS, small_model
-from tests.real.conftest import START_S, Server, run_command
+from tests.real.conftest import START_S, Server, serving
 
 pytest.importorskip("trl")
 
@@ -37,22 +36,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained_on(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two ranks of a tiny model, with the endpoints that a trainer needs."""
-    command = run_command(
-        *("--backend", "mp", "--dp", "2", "--model", str(tiny), "--port", "0", "--enforce-eager"),
-        *("--log-dir", str(tmp_path_factory.mktemp("logs")), "--dtype", "float32", "--max-model-len", "256"),
-        *("--kv-cache-memory-bytes", str(64 * 2**20), "--logprobs-mode", "processed_logprobs"),
-        env={"VLLM_SERVER_DEV_MODE": "1"},
-    )
-    try:
-        address = command.wait_for(r"http://127\.0\.0\.1:\d+")[0]
-        command.wait_for("Ctrl-C")
-        with httpx.Client(base_url=address, timeout=120, limits=httpx.Limits(max_keepalive_connections=1)) as http:
-            yield Server(command, address, http)
-        assert command.interrupt() == 0, command.output
-    finally:
-        if command.process.poll() is None:
-            command.process.kill()
-            command.end()
+    flags = ["--model", str(tiny), "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
+    flags += ["--kv-cache-memory-bytes", str(64 * 2**20), "--logprobs-mode", "processed_logprobs"]
+    with serving(tmp_path_factory.mktemp("logs"), *flags, env={"VLLM_SERVER_DEV_MODE": "1"}) as server:
+        yield server
 
 
 def of_transformers(directory: Path, tokenizer: Path) -> list[list[int]]:

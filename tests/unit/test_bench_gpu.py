@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +18,14 @@ import psutil
 import pytest
 
 from benchmarks.common import Comparison
-from benchmarks.gpu import devices, first, models, moe, notes, ray, recover, start, steps, throughput
+from benchmarks.gpu import devices, first, large, models, moe, notes, ray, rest, sides, small, steps
 from benchmarks.gpu.notes import Note, Notes
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.steps import Outcome, Script, Step
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SCRIPTS = [module.SCRIPT for module in (first, start, throughput, recover, moe, ray)]
+SCRIPTS = [module.SCRIPT for module in (first, small, large, rest, moe, ray)]
 
 # A script whose steps hang, fail and leave processes behind; run as `python -m benchmarks.gpu.NAME`, so that its own
 # process is what a step's parent is.
@@ -94,9 +97,17 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started_and_the_others_run(
     assert "ValueError: broken" in (tmp_path / "out" / "sample.log").read_text()
 
 
-def test_only_the_steps_that_were_named_are_run_and_none_when_no_time_is_left(tmp_path: Path) -> None:
+def test_only_the_steps_that_were_named_are_run_and_the_others_are_as_they_were(tmp_path: Path) -> None:
+    before = [
+        Outcome(step="hangs", state="done", notes=[Note(step="hangs", name="theirs", value=8.0)]),
+        Outcome(step="good", state="skipped: no time is left"),
+    ]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sample.json").write_text(json.dumps({"steps": [asdict(outcome) for outcome in before]}))
     done, result = rehearse(tmp_path, "--only", "good", "--limit-s", "60")
-    assert [(outcome["step"], outcome["state"]) for outcome in result["steps"]] == [("good", "done")]
+    states = [(outcome["step"], outcome["state"]) for outcome in result["steps"]]
+    assert states == [("hangs", "done"), ("good", "done")]
+    assert result["ratios"][0]["ratio"] == 0.25
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "sample: all well")
 
 
@@ -170,6 +181,7 @@ def test_in_a_rehearsal_all_models_are_tiny_and_else_both_sides_get_the_same_arg
     flags = _setup(2).settings("small").engine_flags
     assert flags[flags.index("--load-format") + 1] == "dummy"
     assert "--enforce-eager" not in flags
+    assert "--no-enable-prefix-caching" in flags
 
 
 def test_every_token_of_a_model_has_a_text() -> None:
@@ -222,27 +234,74 @@ def test_who_holds_which_device_is_read_from_the_driver(monkeypatch: pytest.Monk
     assert devices.plain("GPU-AB") == "ab"
 
 
-def test_ranks_that_share_a_compiled_graph_count_as_one(tmp_path: Path) -> None:
-    setup = Setup(dp=2, devices=2, directory=str(tmp_path))
-    root = Path(start.caches(setup, "stock", 2)["VLLM_CACHE_ROOT"]) / "torch_compile_cache"
-    for name in ("h1/rank_0_0/backbone", "torch_aot_compile/h2/rank_0_0"):
-        (root / name).mkdir(parents=True)
-    assert start.kept(setup, "stock", 2) == 1
-    (root / "h1/rank_0_1").mkdir()
-    assert start.kept(setup, "stock", 2) == 2
-    assert start.kept(setup, "dplaunch", 2) == 0
+def test_a_start_in_which_something_was_compiled_is_cold_and_ranks_that_share_it_count_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    setup = Setup(dp=2, devices=2, directory=str(tmp_path / "work-small"))
+    for folders, state in (([], "warm"), (["h1/rank_0_0/a", "aot/h2/rank_0_0"], "cold"), (["h1/rank_0_1"], "cold")):
+        with sides.compiling(setup, Notes("a"), "stock", "small") as found:
+            root = Path(os.environ["VLLM_CACHE_ROOT"]) / "torch_compile_cache"
+            for name in folders:
+                (root / name).mkdir(parents=True)
+            assert found() == state
+    assert [note.value for note in notes.read(capsys.readouterr().out)] == [1.0, 1.0]
+    # Each side has its own, and the next script on the machine the same ones.
+    assert sides.compiled(setup, "dplaunch") == set()
+    again = Setup(dp=2, devices=2, directory=str(tmp_path / "work-rest"))
+    assert len(sides.compiled(again, "stock")) == 3
 
 
-def test_ranks_that_compiled_are_counted_by_what_they_say(tmp_path: Path) -> None:
-    said = {
-        0: "INFO [decorators.py:745] saved AOT compiled function to /cache/rank_0_0/model",
-        1: "dplaunch: rank 1 waits for rank 0 (pid 7) to compile\nDirectly load AOT compilation from path /cache",
+def test_a_cold_server_is_started_once_more_and_each_start_is_used_for_all_that_it_can_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log: list[str] = []
+
+    @contextlib.contextmanager
+    def serve(settings: Any) -> Iterator[tuple[Any, float]]:
+        (Path(os.environ["VLLM_CACHE_ROOT"]) / "torch_compile_cache" / "h" / "rank_0_0").mkdir(
+            parents=True, exist_ok=True
+        )
+        log.append("start")
+        yield SimpleNamespace(address="http://here"), 5.0
+        log.append("stop")
+
+    async def measure(*_: Any) -> float:
+        log.append("load")
+        return 9.0
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(sides, "SIDES", {"stock": serve})
+    monkeypatch.setattr(sides, "http_tokens_per_second", measure)
+    monkeypatch.setattr(sides, "_KILLS", {"stock": lambda *_: log.append("kill")})
+    setup = Setup(dp=2, devices=0, directory=str(tmp_path / "work"))
+    sides.over_http("stock", "small", kill=True)(setup, Notes("a"))
+    assert log == ["start", "stop", "start", "load", "kill", "stop"]
+    told = {note.name: note.value for note in notes.read(capsys.readouterr().out)}
+    assert told == {
+        "small stock http cold start": 5.0,
+        "small stock: ranks that compiled": 1.0,
+        "small stock http warm start": 5.0,
+        "small stock http": 9.0,
     }
-    for number, text in said.items():
-        (tmp_path / f"rank{number}.log").write_text(text)
-    assert start.compiled(tmp_path) == 1
-    (tmp_path / "rank1.log").write_text("[backbone] Cache the graph of compile range (1, 8192) for later use")
-    assert start.compiled(tmp_path) == 2
+    log.clear()
+    sides.over_http("stock", "small", 1)(setup, Notes("a"))
+    assert log == ["start", "stop"]
+
+
+def test_what_is_measured_beside_stock_fits_into_a_call_of_ten_minutes() -> None:
+    for script in (small.SCRIPT, large.SCRIPT):
+        assert all(0 < step.about_s < step.limit_s for step in script.steps.values())
+        assert sum(step.about_s for step in script.steps.values()) <= 590
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_the_steps_are_listed_with_what_they_take_and_none_is_run(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script.name, "--list"])
+    script.main()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(script.steps)
 
 
 def test_a_line_of_a_table_is_only_there_when_both_sides_were_measured() -> None:

@@ -82,6 +82,14 @@ def test_the_build_of_torch_is_read_from_its_files(site: Path, build: str, cuda:
     assert by_name(examine())["torch"] == Check("torch", Status.OK, found)
 
 
+def test_a_torch_for_cuda_where_there_is_no_device_fails(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dplaunch.inventory._nvml_devices", list)
+    install_torch(site, "cu130", "13.0")
+    check = by_name(examine())["devices"]
+    assert check.status is Status.FAIL
+    assert check.found == "no NVIDIA device, but torch is built for CUDA 13.0"
+
+
 def test_a_cuda_torchvision_beside_a_cpu_torch_fails(site: Path) -> None:
     install_torch(site, "cpu", None)
     # As on the package index: the distribution's version does not tell, only the code's does.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copytree, ignore_patterns, which
 
 import pytest
 
@@ -128,3 +128,30 @@ def test_a_failing_install_shows_the_end_of_what_pip_wrote(tmp_path: Path, monke
     monkeypatch.setattr(make_env, "LOG", tmp_path / "log")
     with pytest.raises(make_env.SetupError, match="ERROR: no such package"):
         make_env.install("something", ["nothing"])
+
+
+FAKE_NVML = """
+from types import SimpleNamespace
+NVMLError = RuntimeError
+nvmlInit = nvmlShutdown = lambda: None
+nvmlDeviceGetCount = lambda: {count}
+nvmlDeviceGetHandleByIndex = lambda index: index
+nvmlDeviceGetUUID = lambda index: f"GPU-{{index}}"
+nvmlDeviceGetName = lambda index: "H"
+nvmlDeviceGetMemoryInfo = lambda index: SimpleNamespace(total=80, free=79)
+"""
+
+
+@pytest.mark.skipif(which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("devices", "asked", "wanted"), [(0, [], "2"), (1, [], "1"), (2, [], "2"), (8, [], "2"), (8, ["DP=8"], "8")]
+)
+def test_make_run_asks_for_no_more_ranks_than_there_are_devices(
+    devices: int, asked: list[str], wanted: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pynvml.py").write_text(FAKE_NVML.format(count=devices))
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    command = ["make", "--dry-run", "--assume-old=env", "run", f"BIN={Path(sys.executable).parent}", *asked]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert f" --dp {wanted} " in done.stdout

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dplaunch import builds
 from dplaunch.errors import DplaunchError, ResourceError, UsageError
 from dplaunch.inventory import Device, Inventory, Node
 from dplaunch.model_info import ModelInfo, ModelKind
@@ -431,6 +432,17 @@ async def test_a_plan_that_is_only_shown_makes_no_model(monkeypatch: pytest.Monk
     monkeypatch.setattr(demo, "describe", lambda: "a note")
     plan = await plan_launch(LaunchSpec(dp=2), StubBackend(), make_model=False)  # type: ignore[arg-type]
     assert (plan.model, plan.model_note) == ("(built-in)", "a note")
+
+
+async def test_a_vllm_for_cuda_is_refused_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builds, "build_of", lambda name: ("2.14.0+cu130", "CUDA 13.0"))
+    with pytest.raises(
+        ResourceError, match=r"no NVIDIA device, and torch 2\.14\.0\+cu130 is built for CUDA 13.0"
+    ) as raised:
+        await plan_launch(LaunchSpec(), StubBackend(), make_model=False)  # type: ignore[arg-type]
+    assert "dplaunch[cpu]" in str(raised.value.hint)
+    # A stand-in engine needs none.
+    assert await plan_launch(LaunchSpec(engine="a:b"), StubBackend(), make_model=False)  # type: ignore[arg-type]
 
 
 async def test_a_launch_gets_the_built_in_model_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dplaunch.bucket import Bucket, fill, tensors_in
+from dplaunch.bucket import Bucket, in_buckets, tensors_in
 from dplaunch.errors import UsageError
 from dplaunch.posted import as_told, seal, take
 
@@ -18,7 +18,7 @@ from dplaunch.posted import as_told, seal, take
 def bucket() -> Iterator[Bucket]:
     import torch
 
-    bucket = fill([("a", torch.arange(6.0).reshape(2, 3)), ("b", torch.ones(2, dtype=torch.bfloat16))])
+    (bucket,) = in_buckets([("a", torch.arange(6.0).reshape(2, 3)), ("b", torch.ones(2, dtype=torch.bfloat16))])
     seal(bucket)
     yield bucket
     bucket.free()
@@ -58,7 +58,7 @@ def test_no_file_is_opened_whatever_the_path_says(bucket: Bucket, tmp_path: Path
 def test_memory_that_its_writer_could_still_change_is_refused() -> None:
     import torch
 
-    bucket = fill([("a", torch.ones(3))])
+    (bucket,) = in_buckets([("a", torch.ones(3))])
     try:
         with pytest.raises(UsageError, match="not sealed"):
             take(as_told(bucket))

@@ -36,7 +36,7 @@ class Engine(seam.RankWeights):
 
 @pytest.fixture
 def made() -> Iterator[bucket.Bucket]:
-    made = bucket.fill(TENSORS)
+    (made,) = bucket.in_buckets(TENSORS)
     yield made
     made.free()
 

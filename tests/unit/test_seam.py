@@ -22,11 +22,10 @@ import pytest
 from dplaunch import seam
 from dplaunch.errors import ExitCode, RequestError, VllmError
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
-from dplaunch.seam import failures, frontend, older, rank, weights, wire
+from dplaunch.seam import failures, frontend, older, preload, rank, weights, wire
 from dplaunch.seam.config import check_version
 from dplaunch.seam.names import PUBLIC, RELIED
-from dplaunch.seam.preload import exec_environment
-from dplaunch.seam.relied import Relied
+from dplaunch.seam.relied import Relied, numbers
 from tests.contract.groups import tiny_model
 from tests.seam.check import misfit
 
@@ -46,9 +45,13 @@ READ = [relied for relied in RELIED if relied.has and relied.is_in(INSTALLED)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _vllm() -> None:
-    """Imported with os.environ left as it was."""
+def _vllm() -> Iterator[None]:
+    """Imported with os.environ left as it was, and without what some of its modules start when they are imported."""
     frontend.import_vllm(quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in preload.QUIET_IMPORTS.items():
+            patch.setenv(name, value)
+        yield
 
 
 def look_up(name: str) -> Any:
@@ -98,6 +101,17 @@ def test_every_name_that_the_seam_imports_is_relied_on_by_name() -> None:
     assert imported - relied - set(PUBLIC) - MODULES == set()
 
 
+def test_what_the_helper_imports_may_start_nothing_and_ranks_do_not_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    (name,) = preload.QUIET_IMPORTS
+    monkeypatch.delenv(name)
+    saw: list[str | None] = []
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    monkeypatch.setattr(importlib, "import_module", lambda module: saw.append(os.environ.get(name)))
+    preload.preload()
+    assert set(saw) == {"1"}
+    assert name not in os.environ
+
+
 def test_run_engine_core_looks_its_class_up_in_its_module() -> None:
     from vllm.v1.engine.core import EngineCoreProc
 
@@ -145,17 +159,22 @@ def test_a_module_that_is_there_and_lacks_what_it_needs_is_no_older_vllm(
 
 def test_only_the_newer_ray_executor_names_its_workers_and_it_does_so_after_the_instance() -> None:
     pytest.importorskip("ray")
-    from vllm.v1.executor.ray_executor import RayDistributedExecutor
     from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
     from vllm.v1.executor.ray_utils import build_actor_name
 
-    newer, older = RayExecutorV2._init_executor, RayDistributedExecutor._init_workers_ray
+    newer = RayExecutorV2._init_executor
     assert {"instance_id", "build_actor_name"} <= set(newer.__code__.co_names)
     assert re.search(r"\bname=", inspect.getsource(newer))
-    assert not re.search(r"\bname=", inspect.getsource(older))
     assert build_actor_name("g_dp1", 3, 4, 1, 1) == "vllm_Worker_g_dp1_TP3"
-    # The older one too puts workers into those bundles only that have a device.
-    assert {"bundle_specs", "ray_device_key"} <= set(older.__code__.co_names)
+    # It is the only one from 0.33 on.
+    assert numbers(INSTALLED) >= (0, 33) or _older_ray_executor_places_its_workers_without_a_name()
+
+
+def _older_ray_executor_places_its_workers_without_a_name() -> bool:
+    older = look_up("vllm.v1.executor.ray_executor:RayDistributedExecutor._init_workers_ray")
+    # It too puts workers into those bundles only that have a device.
+    placed = {"bundle_specs", "ray_device_key"} <= set(older.__code__.co_names)
+    return placed and not re.search(r"\bname=", inspect.getsource(older))
 
 
 class FakeParallelConfig:
@@ -478,13 +497,13 @@ def test_vllms_own_factory_stays_for_everyone_else() -> None:
 
 
 def test_the_zygote_of_cpu_ranks_is_loaded_with_libraries_only_where_they_are_not_yet() -> None:
-    env = exec_environment({"LD_PRELOAD": "/usr/lib/mine.so"}, "cpu")
+    env = preload.exec_environment({"LD_PRELOAD": "/usr/lib/mine.so"}, "cpu")
     names = env["LD_PRELOAD"].split(":")
     assert names[-1] == "/usr/lib/mine.so"
     assert all(Path(name).exists() for name in names[:-1])
     for present in (env["LD_PRELOAD"], "libiomp5.so"):
-        assert exec_environment({"LD_PRELOAD": present}, "cpu")["LD_PRELOAD"] == present
-    assert "LD_PRELOAD" not in exec_environment({}, "cuda")
+        assert preload.exec_environment({"LD_PRELOAD": present}, "cpu")["LD_PRELOAD"] == present
+    assert "LD_PRELOAD" not in preload.exec_environment({}, "cuda")
 
 
 # From flags to a config, and the names within it.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dplaunch.bucket import Bucket, fill
+from dplaunch.bucket import Bucket, in_buckets
 from dplaunch.errors import DplaunchError, GroupDeadError, StandstillError, UsageError, WeightsError
 from dplaunch.seam import frontend
 from dplaunch.seam.steered import as_answer
@@ -21,7 +21,7 @@ from dplaunch.transfer import Posted, Relayed
 def bucket() -> Iterator[Bucket]:
     import torch
 
-    bucket = fill([("a", torch.ones(3))])
+    (bucket,) = in_buckets([("a", torch.ones(3))])
     yield bucket
     bucket.free()
 

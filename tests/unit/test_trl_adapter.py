@@ -104,7 +104,8 @@ def test_what_was_not_announced_is_given_up_and_never_finished(client: Any, serv
         "more": [("a", torch.ones(1)), ("b", torch.ones(2)), ("c", torch.ones(1))],
         "less": [("a", torch.ones(1))],
     }
-    with pytest.raises((UsageError, ValueError)):
+    words = {"name": "x float32", "shape": r"\(3,\) came", "more": "and more came", "less": "and fewer came"}
+    with pytest.raises(UsageError, match=words[wrong]):
         client.update_named_params([("a", "float32", [1]), ("b", "float32", [2])], iter(tensors[wrong]))
     assert "finish_weight_update" not in server.calls
     assert GIVE_UP in server.told[-1]

@@ -70,12 +70,38 @@ async def test_tensors_of_all_types_and_shapes_arrive_as_they_were_in_several_bu
 
 
 async def test_a_bucket_that_is_freed_stays_with_those_who_have_mapped_it() -> None:
-    made = bucket.fill(list(weights().items()))
+    (made,) = bucket.in_buckets(weights().items())
     tensors = dict(bucket.tensors_in(made.path, made.entries))
     made.free()
     assert equal(tensors, weights() | {"c": tensors["c"], "large": tensors["large"]})
     # What a rank writes is its own.
     tensors["a"].add_(1)
+
+
+def used_again() -> Iterator[tuple[str, Any]]:
+    """Tensors in the same memory, each there only until the next is asked for."""
+    memory = torch.empty(10)
+    for number in range(7):
+        memory.fill_(number)
+        yield str(number), memory
+
+
+async def test_each_tensor_of_an_iterator_is_read_before_the_next_is_asked_for() -> None:
+    for keep in (None, "memory"):
+        source = as_source(used_again(), keep)
+        found, count = await read(source)
+        assert count == 4
+        assert equal(found, {str(number): torch.full((10,), float(number)) for number in range(7)})
+        source.close()
+
+
+async def test_a_source_that_fails_half_way_leaves_no_memory() -> None:
+    def broken() -> Iterator[tuple[str, Any]]:
+        yield from used_again()
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        await read(as_source(broken()))
 
 
 async def test_a_source_that_is_given_up_half_way_leaves_no_memory() -> None:
@@ -155,7 +181,7 @@ def test_only_a_process_of_this_host_sees_the_landmark() -> None:
 
 
 def test_what_comes_over_the_network_is_loaded_from_memory_of_its_own() -> None:
-    made, depot = bucket.fill(list(weights().items())), bucket.Depot()
+    (made,), depot = bucket.in_buckets(weights().items()), bucket.Depot()
     path = depot.take(made.read())
     assert equal(dict(bucket.tensors_in(path, made.entries)), dict(bucket.tensors_in(made.path, made.entries)))
     assert bucket.digest("", path, made.entries) == bucket.digest("", made.path, made.entries)

@@ -1,0 +1,73 @@
+"""A 0.6B model on all devices, beside stock: starts, tokens/s, a rank's death (`python -m benchmarks.gpu.small`)."""
+
+from __future__ import annotations
+
+from benchmarks.common import DPLAUNCH, STOCK, Comparison
+from benchmarks.gpu.sides import RATE, imports, in_process, over_http
+from benchmarks.gpu.steps import Script, Step
+
+GOAL = 0.35
+"""Of stock's warm start, for a start and for the way back after a death."""
+
+MODEL = "small"
+
+
+def rates(model: str) -> list[Comparison]:
+    """Tokens/s, with one frontend each."""
+    pairs = {
+        "over HTTP": (f"{model} stock http", f"{model} dplaunch http"),
+        "in process": (f"{model} stock engine", f"{model} dplaunch engine"),
+        "generate over stock's engine": (f"{model} stock engine", f"{model} dplaunch generate"),
+    }
+    return [
+        Comparison(title=f"{model}: tokens/s {where}", unit=RATE, base=base, ours=ours, goal=1.0, more_is_better=True)
+        for where, (base, ours) in pairs.items()
+    ]
+
+
+def starts(model: str, goal: float | None = None) -> list[Comparison]:
+    """Process start to first answer."""
+    kinds = [("http warm", goal), ("python warm", None), ("http cold", None), ("python cold", None)]
+    return [
+        Comparison(
+            title=f"{model}: {kind} start",
+            unit="s",
+            base=f"{model} stock {kind} start",
+            ours=f"{model} dplaunch {kind} start",
+            goal=wanted,
+        )
+        for kind, wanted in kinds
+    ]
+
+
+DEATH = [
+    Comparison(title="requests in flight that failed", unit="%", base="stock failed", ours="dplaunch failed", goal=0.0),
+    Comparison(
+        title="from the kill to all ranks answering, over stock's warm start",
+        unit="s",
+        base=f"{MODEL} stock http warm start",
+        ours="dplaunch back",
+        goal=GOAL,
+    ),
+    Comparison(
+        title="the survivors' pace meanwhile, over before", unit="ms", base="dplaunch before", ours="dplaunch during"
+    ),
+]
+
+SCRIPT = Script(
+    "small",
+    __doc__,
+    [
+        Step(name="imports", run=imports, limit_s=120, about_s=25),
+        # The first of each side fills its caches, so that the second one is a warm start. Stock's come first: they are
+        # the dear ones, and what finds no time left is made up for the sooner.
+        Step(name="stock-python", run=in_process(STOCK, MODEL), limit_s=360, about_s=200),
+        Step(name="stock-http", run=over_http(STOCK, MODEL, kill=True), limit_s=360, about_s=150),
+        Step(name="dplaunch-python", run=in_process(DPLAUNCH, MODEL), limit_s=240, about_s=95),
+        Step(name="dplaunch-http", run=over_http(DPLAUNCH, MODEL, kill=True), limit_s=240, about_s=105),
+    ],
+    [*starts(MODEL, GOAL), *rates(MODEL), *DEATH],
+)
+
+if __name__ == "__main__":
+    SCRIPT.main()

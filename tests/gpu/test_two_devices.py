@@ -1,0 +1,41 @@
+"""What takes two devices: ranks in Ray, and a rank with two workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu.setup import Setup
+from tests.gpu.launchers import SMALL, closes_and_frees, launcher, uuids
+
+PLAIN = {"disable_custom_all_reduce": True}
+"""vLLM's own all-reduce uses memory that several devices map, which not every machine bears."""
+
+LAUNCHES: dict[str, dict[str, Any]] = {
+    "two ranks in Ray": {"dp": 2, "backend": "ray"},
+    "a rank with two workers": {"tensor_parallel_size": 2, **PLAIN},
+    "a rank in Ray with two workers": {"backend": "ray", "tensor_parallel_size": 2, **PLAIN},
+    "a rank whose executor is Ray, with two workers": {
+        "backend": "ray",
+        "executor": "ray",
+        "tensor_parallel_size": 2,
+        **PLAIN,
+    },
+}
+
+
+@pytest.mark.parametrize("args", LAUNCHES.values(), ids=LAUNCHES)
+def test_each_worker_is_on_a_device_of_its_own_and_none_holds_memory_after_close(
+    args: dict[str, Any], setup: Setup, path: str, engine_args: dict[str, Any]
+) -> None:
+    if setup.devices < 2:
+        pytest.skip(f"it needs two devices, and {setup.devices} is here")
+    if "ray" in args.values():
+        pytest.importorskip("ray")
+    with launcher(path, engine_args | SMALL | args) as (process, said):
+        assert [len(rank) for rank in said["ranks"]] == [args.get("tensor_parallel_size", 1)] * args.get("dp", 1)
+        assert len(set(uuids(said))) == 2
+        assert all(uuids(said))
+        assert [answers for answers in said["answers"] if answers != said["answers"][0]] == []
+        closes_and_frees(process, said)
