@@ -1,4 +1,4 @@
-"""What takes two devices: ranks in Ray, and a rank with two workers."""
+"""What takes two devices: ranks in Ray, a rank with two workers, and ranks that step together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+import dplaunch
+from benchmarks.gpu import devices, looks
+from benchmarks.gpu.inside import EXTENSION
 from benchmarks.gpu.setup import Setup
 from tests.gpu.launchers import SMALL, closes_and_frees, launcher, uuids
 
@@ -39,3 +42,20 @@ def test_each_worker_is_on_a_device_of_its_own_and_none_holds_memory_after_close
         assert all(uuids(said))
         assert [answers for answers in said["answers"] if answers != said["answers"][0]] == []
         closes_and_frees(process, said)
+
+
+def test_ranks_in_lockstep_are_each_on_a_device_of_their_own_and_come_back_to_it_together(setup: Setup) -> None:
+    if setup.devices < 2:
+        pytest.skip(f"it needs two devices, and {setup.devices} is here")
+    settings = setup.settings("moe", enforce_eager=True, enable_expert_parallel=True, worker_extension_cls=EXTENSION)
+    with dplaunch.launch(str(settings.model), dp=2, progress=False, **settings.engine_args | SMALL) as group:
+        before = looks.facts(group)
+        assert len({worker["uuid"] for workers in before for worker in workers}) == 2
+        answered = looks.answers(group, 1)
+        looks.kill_rank(group, 0)
+        assert looks.answers(group, 1) == answered
+        after = looks.facts(group)
+        assert [[worker["uuid"] for worker in rank] for rank in after] == [
+            [worker["uuid"] for worker in rank] for rank in before
+        ]
+    assert devices.wait_until_free([worker["pid"] for rank in (*before, *after) for worker in rank])[1] == {}
