@@ -55,7 +55,7 @@ def compile_one(config: Any) -> dict[str, Any]:
     from vllm.forward_context import set_forward_context
 
     @support_torch_compile(dynamic_arg_dims={"x": 0})
-    class Model(torch.nn.Module):
+    class Model(torch.nn.Module):  # type: ignore[misc]
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.arange(64.0).reshape(8, 8) / 64, requires_grad=False)
