@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,11 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """vLLM's cache, and vLLM imported with os.environ left as it was."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """vLLM's cache, and vLLM imported with os.environ left as it was; making a config sets variables too."""
     frontend.import_vllm(quiet=True)
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    return tmp_path
+    with frontend.preserved_environ():
+        yield tmp_path
 
 
 def a_config(number: int, **parallel: Any) -> Any:

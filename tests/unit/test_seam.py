@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 MODULES = {
     "vllm.v1.engine:core",
+    "vllm:envs",
     "vllm:exceptions",
     "vllm.lora.ops.torch_ops:lora_ops",
     "vllm.lora.punica_wrapper:punica_cpu",
