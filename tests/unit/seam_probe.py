@@ -124,8 +124,8 @@ def on_a_cpu() -> None:
 
 def main(model: str) -> None:
     """Prints all that the tests want to know."""
-    on_a_cpu()
     before = dict(os.environ)
+    on_a_cpu()
     plain = result(model, engine_args=GOOD, env={**before, "CALLER": "yes"})
     config = cloudpickle.loads(plain.config)
     connected = result(model, engine_args={**GOOD, "kv_transfer_config": CONNECTOR})
