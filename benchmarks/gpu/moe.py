@@ -43,7 +43,7 @@ def mode(name: str, **args: Any) -> Callable[[Setup, Notes], None]:
 
     def run(setup: Setup, notes: Notes) -> None:
         # What vLLM's CPU build lacks for it; with GPUs nothing is needed.
-        own = {"worker_extension_cls": "tests.real.cpu_experts.OnCpu"} if setup.cpu and name == "lockstep" else {}
+        own: Any = {"worker_extension_cls": "tests.real.cpu_experts.OnCpu"} if setup.cpu and name == "lockstep" else {}
         settings, watched = setup.settings("moe", **own), Watched()
         called = time.monotonic()
         with dplaunch.launch(
