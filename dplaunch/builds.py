@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import re
 from pathlib import Path
 from typing import TypeGuard
@@ -28,6 +29,9 @@ def check_build(spec: LaunchSpec, inventory: Inventory) -> None:
         ResourceError: when torch is built for CUDA and there is no device.
     """
     if spec.engine != VLLM_ENGINE or inventory.device_type == "cuda":
+        return
+    # vLLM's own word for it (0.33, platforms/__init__.py); whether its wheel can do it is seen then.
+    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
         return
     if is_cuda(torch := build_of("torch")):
         where = "this machine has" if len(inventory.nodes) == 1 else f"these {len(inventory.nodes)} machines have"

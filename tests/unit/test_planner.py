@@ -441,8 +441,10 @@ async def test_a_vllm_for_cuda_is_refused_where_there_is_no_device(monkeypatch: 
     ) as raised:
         await plan_launch(LaunchSpec(), StubBackend(), make_model=False)  # type: ignore[arg-type]
     assert "dplaunch[cpu]" in str(raised.value.hint)
-    # A stand-in engine needs none.
+    # A stand-in engine needs none, and neither does who tells vLLM to use the CPU.
     assert await plan_launch(LaunchSpec(engine="a:b"), StubBackend(), make_model=False)  # type: ignore[arg-type]
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
+    assert await plan_launch(LaunchSpec(), StubBackend(), make_model=False)  # type: ignore[arg-type]
 
 
 async def test_a_launch_gets_the_built_in_model_made(monkeypatch: pytest.MonkeyPatch) -> None:
