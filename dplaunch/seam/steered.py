@@ -89,9 +89,12 @@ def _standing(engine: Any, verbs: Verbs) -> dict[str, Callable[..., Awaitable[An
     async def is_sleeping() -> bool:
         return verbs.stance is Stance.ASLEEP
 
-    async def pause_generation(*, mode: Any = "abort", clear_cache: bool = True) -> None:
+    async def pause_generation(
+        *, mode: Any = "abort", wait_for_inflight_requests: bool | None = None, clear_cache: bool = True
+    ) -> None:
         # The caches are emptied always: what is in them may be of other weights when the group goes on.
-        await verbs.pause(mode)
+        # The switch is the older way to say mode="wait"; the route of vLLM before 0.32 always passes it.
+        await verbs.pause("wait" if wait_for_inflight_requests else mode)
 
     async def resume_generation() -> None:
         await verbs.resume()

@@ -126,4 +126,6 @@ def test_a_route_that_would_change_weights_answers_with_the_groups_words(trained
     assert trained_on.http.post("/reset_prefix_cache").json() == {"success": True}
     trained_on.http.post("/sleep", params={"level": 1}).raise_for_status()
     assert trained_on.http.get("/ready").json()["stance"] == "asleep"
-    assert trained_on.http.post("/wake_up").json()["status"] == "awake"
+    # What the route says is not the same in all versions of vLLM.
+    trained_on.http.post("/wake_up").raise_for_status()
+    assert trained_on.http.get("/ready").json()["stance"] == "serving"

@@ -14,9 +14,8 @@ pytestmark = pytest.mark.real
 
 _ASK = """
 import json
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
-actions = make_arg_parser(FlexibleArgumentParser())._actions
+from dplaunch.seam.config import make_parser
+actions = make_parser()._actions
 print(json.dumps([[a.option_strings, a.dest, a.nargs] for a in actions if a.option_strings]))
 """
 

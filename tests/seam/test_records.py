@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import configparser
 import importlib.util
+import inspect
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from dplaunch import seam
 from dplaunch.seam.names import RELIED, modules_of
 from dplaunch.seam.relied import NEWEST, OLDEST, numbers
+from dplaunch.seam.steered import steer
 from tests.seam.check import Record, problems, record, recorded
 from tests.seam.document import PAGE, with_tables
 from tests.seam.sources import Sources
@@ -21,6 +26,30 @@ RECORDS = recorded()
 @pytest.mark.parametrize("found", RECORDS, ids=lambda found: found.vllm)
 def test_a_recorded_vllm_has_what_we_rely_on(found: Record) -> None:
     assert problems(found) == []
+
+
+@pytest.mark.parametrize("found", RECORDS, ids=lambda found: found.vllm)
+def test_what_replaces_a_method_of_the_engine_takes_all_that_its_routes_may_pass(found: Record) -> None:
+    engine, verbs = SimpleNamespace(collective_rpc=None), SimpleNamespace(transfers=None)
+    steer(engine, cast(Any, verbs))
+    replaced = {name: set(inspect.signature(method).parameters) for name, method in vars(engine).items()}
+    theirs = {name: found.signatures.get(f"vllm.v1.engine.async_llm:AsyncLLM.{name}") for name in replaced}
+    passed = {name: set(re.findall(r"\w+", signature)) - {"self"} for name, signature in theirs.items() if signature}
+    assert len(passed) >= 14
+    assert {name: names - replaced[name] for name, names in passed.items() if names - replaced[name]} == {}
+
+
+async def test_the_older_switch_of_a_pause_is_its_mode() -> None:
+    modes: list[str] = []
+
+    async def pause(mode: str) -> None:
+        modes.append(mode)
+
+    engine = SimpleNamespace(collective_rpc=None)
+    steer(engine, cast(Any, SimpleNamespace(transfers=None, pause=pause)))
+    for switch in (True, False, None):
+        await engine.pause_generation(mode="keep", wait_for_inflight_requests=switch)
+    assert modes == ["wait", "keep", "keep"]
 
 
 def test_every_version_of_the_window_is_recorded() -> None:

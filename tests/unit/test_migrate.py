@@ -214,16 +214,25 @@ def test_where_two_answers_cannot_be_put_together_nothing_that_has_begun_moves()
 # What is not known is not safe.
 
 
+UNSAFE = {
+    *("presence_penalty", "frequency_penalty", "seed", "structured_outputs", "extra_args", "bad_words"),
+    *("_bad_words_token_ids", "thinking_token_budget", "repetition_detection", "routed_experts_prompt_start"),
+    "trace_decode_token_ids",
+}
+
+LATER = {
+    *("stream_interval", "trace_decode_token_ids", "watermarking", "_watermarking_skipped"),
+    *("prompt_logprob_start", "prompt_logprob_token_ids"),
+}
+"""What vLLM 0.26 has not; 0.32 has them all."""
+
+
 def test_every_field_of_vllms_sampling_params_is_known_to_be_safe_or_keeps_a_request_from_being_continued() -> None:
     from vllm import SamplingParams
 
-    unknown = set(SamplingParams.__struct_fields__) - SAFE
-    assert unknown == {
-        *("presence_penalty", "frequency_penalty", "seed", "structured_outputs", "extra_args", "bad_words"),
-        *("_bad_words_token_ids", "thinking_token_budget", "repetition_detection", "routed_experts_prompt_start"),
-        "trace_decode_token_ids",
-    }
-    assert set(SamplingParams.__struct_fields__) >= SAFE
+    theirs = set(SamplingParams.__struct_fields__)
+    assert theirs - SAFE <= UNSAFE
+    assert (SAFE | UNSAFE) - theirs <= LATER
 
 
 def test_the_reason_names_what_keeps_a_request_from_moving() -> None:
@@ -256,5 +265,7 @@ def test_a_request_that_goes_on_can_go_on_again_from_the_first() -> None:
 
 
 def test_departures_are_the_fields_that_are_not_as_by_default() -> None:
-    params = sampling(temperature=1.0, max_tokens=16, prompt_logprob_token_ids=np.array([[1, 2]]), seed=3)
-    assert departures(params) - {"skip_reading_prefix_cache"} == {"prompt_logprob_token_ids", "seed"}
+    params = sampling(temperature=1.0, max_tokens=16, seed=3)
+    # An array, as `prompt_logprob_token_ids` is, which older vLLMs have not.
+    params.logprob_token_ids = np.array([[1, 2]])
+    assert departures(params) - {"skip_reading_prefix_cache"} == {"logprob_token_ids", "seed"}

@@ -28,6 +28,7 @@ from dplaunch.seam.names import PUBLIC, RELIED
 from dplaunch.seam.relied import Relied, numbers
 from tests.contract.groups import tiny_model
 from tests.seam.check import misfit
+from tests.unit.served_errors import create_error_response
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -318,14 +319,6 @@ def test_an_error_of_ours_is_one_that_vllms_server_knows_the_status_of() -> None
         assert (failure.message, failure.retryable) == ("rank 1 died of it", retryable)
         answer = create_error_response(failure).error
         assert (answer.message, answer.code) == ("rank 1 died of it", status)
-
-
-def create_error_response(error: Exception) -> Any:
-    try:
-        from vllm.entrypoints.serve.exception_handling import error_response
-    except ModuleNotFoundError:
-        from vllm.entrypoints.serve.utils import error_response  # up to 0.27
-    return error_response.create_error_response(error)
 
 
 class QueuedFailure:

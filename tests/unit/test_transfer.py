@@ -15,6 +15,7 @@ from dplaunch.seam import frontend
 from dplaunch.seam.steered import as_answer
 from dplaunch.testing import poll_until_async
 from dplaunch.transfer import Posted, Relayed
+from tests.unit.served_errors import create_error_response
 
 
 @pytest.fixture
@@ -94,8 +95,6 @@ async def test_what_vllms_engine_is_told_comes_in_order_and_cannot_be_had_again(
 )
 def test_each_error_has_the_status_that_a_trainer_can_go_by(error: DplaunchError, status: int) -> None:
     with frontend.preserved_environ():
-        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-
-    answer = create_error_response(as_answer(error)).error
+        answer = create_error_response(as_answer(error)).error
     assert answer.code == status
     assert (answer.message.splitlines()[0], "two" in answer.message) == ("one", True)
