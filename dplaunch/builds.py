@@ -7,8 +7,8 @@ import importlib.metadata
 import os
 import re
 from pathlib import Path
-from typing import TypeGuard
 
+from dplaunch import seam
 from dplaunch.errors import ResourceError
 from dplaunch.inventory import Inventory
 from dplaunch.spec import VLLM_ENGINE, LaunchSpec
@@ -33,16 +33,26 @@ def check_build(spec: LaunchSpec, inventory: Inventory) -> None:
     # vLLM's own word for it (0.33, platforms/__init__.py); whether its wheel can do it is seen then.
     if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
         return
-    if is_cuda(torch := build_of("torch")):
+    if (torch := in_need_of_device()) is not None:
         where = "this machine has" if len(inventory.nodes) == 1 else f"these {len(inventory.nodes)} machines have"
         raise ResourceError(
             f"{where} no NVIDIA device, and torch {torch[0]} is built for {torch[1]}", hint=NO_DEVICE_HINT
         )
 
 
-def is_cuda(build: Build | None) -> TypeGuard[Build]:
-    """Whether a package needs an NVIDIA device."""
-    return build is not None and build[1].startswith("CUDA")
+def in_need_of_device() -> Build | None:
+    """The build of a torch that vLLM uses with an NVIDIA device only; None where it runs on the CPU."""
+    torch = build_of("torch")
+    # vLLM for the CPU runs on a torch for CUDA too, which is what pip takes for it from the default index.
+    return None if torch is None or not torch[1].startswith("CUDA") or vllm_is_for_cpu() else torch
+
+
+def vllm_is_for_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build: by its name, or by its version ("0.32.0+cpu")."""
+    for name in seam.DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return "cpu" in f"{name} {importlib.metadata.version(name)}"
+    return False
 
 
 def build_of(name: str) -> Build | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from dplaunch import seam
-from dplaunch.builds import NO_DEVICE_HINT, build_of, is_cuda
+from dplaunch.builds import NO_DEVICE_HINT, build_of, in_need_of_device
 from dplaunch.errors import DplaunchError, ExitCode
 
 MIN_PYTHON = (3, 11)
@@ -182,8 +182,8 @@ def _node() -> Iterator[Check]:
 
 def _devices(devices: list[tuple[str, str, int, int]]) -> Iterator[Check]:
     torch = build_of("torch")
-    if not devices and is_cuda(torch):
-        yield Check("devices", Status.FAIL, f"no NVIDIA device, but torch is built for {torch[1]}", NO_DEVICE_HINT)
+    if not devices and (useless := in_need_of_device()) is not None:
+        yield Check("devices", Status.FAIL, f"no NVIDIA device, but torch is built for {useless[1]}", NO_DEVICE_HINT)
     elif not devices:
         yield Check("devices", Status.OK, "no NVIDIA device: the cores are the devices")
     for index, name, free, total in devices:

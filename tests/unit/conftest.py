@@ -64,4 +64,4 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture(autouse=True)
 def _for_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is planned here does not hang on what is installed."""
-    monkeypatch.setattr("dplaunch.builds.build_of", lambda name: None)
+    monkeypatch.setattr("dplaunch.builds.vllm_is_for_cpu", lambda: True)

@@ -85,9 +85,24 @@ def test_the_build_of_torch_is_read_from_its_files(site: Path, build: str, cuda:
 def test_a_torch_for_cuda_where_there_is_no_device_fails(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dplaunch.inventory._nvml_devices", list)
     install_torch(site, "cu130", "13.0")
+    monkeypatch.setattr("dplaunch.builds.vllm_is_for_cpu", lambda: False)
     check = by_name(examine())["devices"]
     assert check.status is Status.FAIL
     assert check.found == "no NVIDIA device, but torch is built for CUDA 13.0"
+
+
+def test_a_vllm_for_the_cpu_needs_no_device_whatever_its_torch_is_built_for(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dplaunch.inventory._nvml_devices", list)
+    install_torch(site, "cu130", "13.0")
+    assert by_name(examine())["devices"].status is Status.OK
+
+
+@pytest.mark.parametrize(("version", "for_cpu"), [("0.33.0", False), ("0.33.0+cpu", True)])
+def test_a_vllm_says_by_its_version_whether_it_is_for_the_cpu(site: Path, version: str, for_cpu: bool) -> None:
+    install(site, "vllm", version, "")
+    assert vllm_is_for_cpu() is for_cpu
 
 
 def test_a_cuda_torchvision_beside_a_cpu_torch_fails(site: Path) -> None:

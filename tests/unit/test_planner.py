@@ -436,12 +436,16 @@ async def test_a_plan_that_is_only_shown_makes_no_model(monkeypatch: pytest.Monk
 
 async def test_a_vllm_for_cuda_is_refused_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builds, "build_of", lambda name: ("2.14.0+cu130", "CUDA 13.0"))
+    monkeypatch.setattr(builds, "vllm_is_for_cpu", lambda: False)
     with pytest.raises(
         ResourceError, match=r"no NVIDIA device, and torch 2\.14\.0\+cu130 is built for CUDA 13.0"
     ) as raised:
         await plan_launch(LaunchSpec(), StubBackend(), make_model=False)  # type: ignore[arg-type]
     assert "dplaunch[cpu]" in str(raised.value.hint)
-    # A stand-in engine needs none, and neither does who tells vLLM to use the CPU.
+    # A stand-in engine needs none, and neither does a vLLM for the CPU, or who tells vLLM to use that.
+    monkeypatch.setattr(builds, "vllm_is_for_cpu", lambda: True)
+    assert await plan_launch(LaunchSpec(), StubBackend(), make_model=False)  # type: ignore[arg-type]
+    monkeypatch.setattr(builds, "vllm_is_for_cpu", lambda: False)
     assert await plan_launch(LaunchSpec(engine="a:b"), StubBackend(), make_model=False)  # type: ignore[arg-type]
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
     assert await plan_launch(LaunchSpec(), StubBackend(), make_model=False)  # type: ignore[arg-type]
