@@ -13,6 +13,7 @@ import pytest
 
 from dplaunch import amx, doctor, ray_here, seam
 from dplaunch.amx import check_amx
+from dplaunch.builds import vllm_is_for_cpu
 from dplaunch.doctor import Check, Status, examine, format_checks, run
 from dplaunch.errors import ExitCode
 from dplaunch.ray_here import check_ray, describe_cluster
