@@ -82,6 +82,12 @@ def test_lockstep_is_refused_where_it_cannot_be(model: ModelInfo, dp: int, words
         plan_for(gpu(), model=model, dp=dp, mode=Mode.LOCKSTEP)
 
 
+def test_ranks_in_lockstep_meet_where_they_are_launched() -> None:
+    with pytest.raises(UsageError, match="rank 0 of a group in lockstep cannot be on worker"):
+        plan_for(cpu(name="head"), gpu(name="worker"), model=MOE, argv="-ep", dp=2)
+    assert plan_for(cpu(name="head"), gpu(name="worker"), model=MOE, dp=2).mode is Mode.INDEPENDENT
+
+
 def test_elastic_expert_parallelism_is_refused() -> None:
     with pytest.raises(UsageError, match="keep their number"):
         plan_for(gpu(), model=MOE, argv="-ep --enable-elastic-ep", dp=2)
