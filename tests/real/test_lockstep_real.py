@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import threading
@@ -34,6 +35,9 @@ LENGTHS = [3 + 7 * n for n in range(9)]
 @pytest.fixture(scope="module")
 def experts() -> Any:
     """A mixture of eight experts whose weights are made up, as transformers has it."""
+    kernels = pytest.importorskip("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
+    if "topk_ids" not in inspect.signature(kernels.CPUUnquantizedExperts.apply).parameters:
+        pytest.skip("experts on CPUs choose tokens by themselves before vLLM 0.30, and cannot be told which are theirs")
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -147,10 +151,10 @@ def test_new_weights_reach_the_experts_of_every_rank_and_outlive_a_death(
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    together.update_weights(experts, version="five")
+    experts.save_pretrained(tmp_path)
+    together.update_weights(tmp_path, version="five")
     updated = answers(together)
     assert updated != alone
-    experts.save_pretrained(tmp_path)
     with dplaunch.launch(str(tmp_path), dp=1, progress=False, **SMALL) as fresh:
         assert answers(fresh) == updated
     kill_and_await(together, 0)
