@@ -62,6 +62,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture(autouse=True)
-def _for_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def _for_any_device() -> Iterator[None]:
     """What is planned here does not hang on what is installed."""
-    monkeypatch.setattr("dplaunch.builds.vllm_is_for_cpu", lambda: True)
+    # Not the test's own monkeypatch, which would then outlive the fixtures that the test asks for before it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dplaunch.builds.vllm_is_for_cpu", lambda: True)
+        yield
