@@ -49,10 +49,7 @@ def in_need_of_device() -> Build | None:
 
 def vllm_is_for_cpu() -> bool:
     """Whether the installed vLLM is the CPU build: by its name, or by its version ("0.32.0+cpu")."""
-    for name in seam.DISTRIBUTIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return "cpu" in f"{name} {importlib.metadata.version(name)}"
-    return False
+    return "cpu" in " ".join(seam.installed() or ())
 
 
 def build_of(name: str) -> Build | None:

@@ -70,14 +70,20 @@ OVERRIDE = "DPLAUNCH_ANY_VLLM"
 """The variable that has another vLLM tried; `--any-vllm` and `any_vllm=True` do the same."""
 
 
-def installed_version() -> str | None:
-    """The installed vLLM's version, without importing it; None when there is none."""
+def installed() -> tuple[str, str] | None:
+    """The name under which vLLM is installed, and its version, without importing it; None when there is none."""
     for name in DISTRIBUTIONS:
         try:
-            return version(name)
+            return name, version(name)
         except PackageNotFoundError:
             continue
     return None
+
+
+def installed_version() -> str | None:
+    """The installed vLLM's version, without importing it; None when there is none."""
+    found = installed()
+    return None if found is None else found[1]
 
 
 def is_supported(found: str) -> bool:
