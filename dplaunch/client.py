@@ -288,7 +288,7 @@ class GroupClient:
             self._calls.answer(link, outputs.utility_output)
             return
         if outputs.wave_complete is not None:
-            self._waves.ended(link.rank, outputs.wave_complete)
+            self._waves.ended(link, outputs.wave_complete)
         if outputs.outputs:
             outputs.outputs = [output for output in outputs.outputs if self._requests.note(link, output)]
         if outputs.outputs or outputs.scheduler_stats:

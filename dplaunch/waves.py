@@ -22,8 +22,8 @@ class Apart:
     def began(self) -> None:
         """A request is on its way to a rank."""
 
-    def ended(self, rank: int, wave: int) -> None:
-        """A rank says that a wave is over."""
+    def ended(self, link: RankLink, wave: int) -> None:
+        """A rank, which need not be up yet, says that a wave is over."""
 
     def stirred(self) -> None:
         """The ranks were at a standstill, which is over."""
@@ -56,21 +56,20 @@ class Waves(Apart):
         self._is_busy = is_busy
         self._encode = encode
         self._running = False  # Whether they were told to go on, and have not said that they are through.
-        self._through: dict[int, int] = {}  # The last wave that each rank said is over.
+        self._through: dict[RankLink, int] = {}  # The last wave that each rank said is over.
 
     def began(self) -> None:
         if not self._running:
             self._start()
 
-    def ended(self, rank: int, wave: int) -> None:
+    def ended(self, link: RankLink, wave: int) -> None:
         """When all ranks have said that a wave is over, the next one begins where it is needed."""
-        self._through[rank] = wave
+        self._through[link] = wave
         # One that has not said so yet may have answered a request just before, and that is still to be read. Each has
         # a socket of its own, so one may be heard of two waves while the other's words are under way.
-        through = min(self._through.get(other, -1) for other in self._links())
-        if through < self.wave:
+        if self._next() <= self.wave:
             return
-        self.wave, self._running = through + 1, False
+        self.wave, self._running = self._next(), False
         # What was on its way when the wave ended waits at its rank for the next.
         if self._is_busy():
             self._start()
@@ -91,8 +90,13 @@ class Waves(Apart):
         self.wave, self._running = 0, False
         self._through.clear()
 
+    def _next(self) -> int:
+        """The wave after the last one that all ranks have said is over."""
+        return 1 + min((self._through.get(link, -1) for link in self._links().values()), default=-1)
+
     def _start(self) -> None:
-        self._running = True
+        # Ranks that came up in a group that is paused were through with a wave before they were up.
+        self.wave, self._running = max(self.wave, self._next()), True
         for link in self._links().values():
             self._tell(link)
 

@@ -142,6 +142,15 @@ def test_a_group_that_was_paused_goes_on(together: dplaunch.Group, alone: list[l
         assert answers(together) == alone
 
 
+def test_a_group_that_died_while_it_was_paused_goes_on_when_it_is_resumed(
+    together: dplaunch.Group, alone: list[list[int]]
+) -> None:
+    together.pause()
+    kill_and_await(together, 1)
+    together.resume()
+    assert answers(together) == alone
+
+
 def test_new_weights_reach_the_experts_of_every_rank_and_outlive_a_death(
     together: dplaunch.Group, experts: Any, alone: list[list[int]], tmp_path: Path
 ) -> None:
@@ -158,7 +167,7 @@ def test_new_weights_reach_the_experts_of_every_rank_and_outlive_a_death(
     with dplaunch.launch(str(tmp_path), dp=1, progress=False, **SMALL) as fresh:
         assert answers(fresh) == updated
     kill_and_await(together, 0)
-    assert names(together)[0].startswith("-r2")
+    assert names(together)[0].startswith("-r3")
     assert answers(together) == updated
     assert together.weight_version == "five"
 

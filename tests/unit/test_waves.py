@@ -81,7 +81,7 @@ class Rig:
         if what == "done":
             self.load[engine.rank] -= value
         else:
-            self.waves.ended(engine.rank, value)
+            self.waves.ended(cast(RankLink, engine), value)
 
     def once(self) -> bool:
         """One thing that can happen next; False when nothing can."""
@@ -132,9 +132,9 @@ def test_ranks_that_have_nothing_to_do_stand_still() -> None:
 def test_a_wave_is_over_when_the_last_rank_has_said_so() -> None:
     rig = Rig(2)
     for life in range(2):
-        rig.waves.ended(0, 0)
+        rig.waves.ended(rig.up[0], 0)
         assert rig.waves.wave == 0, life
-        rig.waves.ended(1, 0)
+        rig.waves.ended(rig.up[1], 0)
         assert rig.waves.wave == 1, life
         rig.waves.left()
 
@@ -163,6 +163,32 @@ def test_a_rank_that_joins_late_goes_with_those_before_it() -> None:
     rig.up[1] = late
     rig.run()
     assert rig.load == [0, 0]
+
+
+def test_ranks_that_were_through_with_a_wave_before_they_were_up_are_told_of_the_next() -> None:
+    rig = Rig(2)
+    links, rig.up = rig.up, {}
+    for engine in rig.engines:
+        engine.wave = 1
+        rig.waves.ended(links[engine.rank], 0)
+    for rank, link in links.items():
+        rig.waves.joined(link)
+        rig.up[rank] = link
+        if not rank:
+            rig.add(0, 3)
+    rig.run()
+    assert (rig.load, rig.waves.wave) == ([0, 0], 2)
+
+
+def test_what_is_heard_late_of_a_life_before_does_not_count() -> None:
+    rig = Rig(2)
+    before = [cast(RankLink, Engine(rank)) for rank in range(2)]
+    rig.waves.left()
+    for link in before:
+        rig.waves.ended(link, 5)
+    rig.add(1, 2)
+    rig.run()
+    assert (rig.load, rig.waves.wave) == ([0, 0], 1)
 
 
 def test_the_next_life_of_a_group_begins_with_wave_0() -> None:
