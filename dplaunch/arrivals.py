@@ -7,6 +7,7 @@ One after the other they would each read the source anew, and the last would wai
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 
 from dplaunch.errors import WeightsError
 from dplaunch.hosts import Failures
@@ -22,10 +23,12 @@ class Arrivals:
 
     Args:
         weights: what the ranks should have.
+        peers: the ranks without which none can be brought along: in lockstep all, since they pause together.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, peers: Callable[[], Sequence[Rank]] = tuple) -> None:
         self._weights = weights
+        self._peers = peers
         self._waiting: Waiting = {}
         self._bringing: asyncio.Task[None] | None = None
 
@@ -46,7 +49,7 @@ class Arrivals:
             rank.admitted = True
             return
         done = self._waiting[rank] = asyncio.get_running_loop().create_future()
-        if self._bringing is None or self._bringing.done():
+        if self._are_complete() and (self._bringing is None or self._bringing.done()):
             # In a task of its own: a rank that dies meanwhile gives up its own wait, and the others' goes on.
             self._bringing = asyncio.create_task(self._bring_all())
         try:
@@ -61,8 +64,11 @@ class Arrivals:
             self._bringing.cancel()
             await asyncio.wait((self._bringing,))
 
+    def _are_complete(self) -> bool:
+        return all(rank.admitted or rank in self._waiting for rank in self._peers())
+
     async def _bring_all(self) -> None:
-        while self._waiting:
+        while self._waiting and self._are_complete():
             async with self._weights.lock:
                 together = dict(self._waiting)
                 try:

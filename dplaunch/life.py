@@ -130,7 +130,7 @@ class GroupLife(GroupParts):
             lockstep=plan.mode is Mode.LOCKSTEP,
         )
         weights = self.weights = Weights(client, alike=plan.mode is not Mode.LOCKSTEP)
-        self._arrivals = Arrivals(weights)
+        self._arrivals = Arrivals(weights, lambda: [] if weights.alike else self.supervisor.ranks)
         supervisor = self._supervisor = Supervisor(
             plan,
             backend,
