@@ -45,8 +45,9 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 @pytest.fixture(scope="session")
 def engine_args(setup: Setup) -> dict[str, Any]:
-    """Half of each device, so that a trainer has room; eager, so that a start takes seconds."""
-    return setup.with_weights(gpu_memory_utilization=0.5, enforce_eager=True, enable_sleep_mode=True).engine_args
+    """A part of each device, so that a trainer has room; eager, so that a start takes seconds."""
+    own: dict[str, Any] = {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 24 * 2**30}
+    return setup.with_weights(enforce_eager=True, enable_sleep_mode=True, **own).engine_args
 
 
 @pytest.fixture(scope="session")

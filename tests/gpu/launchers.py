@@ -18,8 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 END_S = 60.0
 """Seconds for a launcher to close its group, and Ray where it has started that."""
 
-SMALL: dict[str, Any] = {"gpu_memory_utilization": 0.3}
-"""What is free beside the session's group, which has half of each device."""
+SMALL: dict[str, Any] = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 * 2**30}
+"""Less than is free beside the session's group, and a cache of a fixed size.
+
+With a size of its own to find out, vLLM does not start when another process gives memory back meanwhile.
+"""
 
 
 @contextlib.contextmanager

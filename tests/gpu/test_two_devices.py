@@ -19,6 +19,9 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "two ranks in Ray": {"dp": 2, "backend": "ray"},
     "a rank with two workers": {"tensor_parallel_size": 2, **PLAIN},
     "a rank in Ray with two workers": {"backend": "ray", "tensor_parallel_size": 2, **PLAIN},
+    # What once failed in vLLM (pull request 40398): workers of two ranks under one name. Only its newer Ray executor,
+    # the default from 0.26 on, gives them names.
+    "two ranks whose executors are Ray": {"dp": 2, "backend": "ray", "executor": "ray", **PLAIN},
     "a rank whose executor is Ray, with two workers": {
         "backend": "ray",
         "executor": "ray",
