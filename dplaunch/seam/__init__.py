@@ -8,7 +8,8 @@ is used; older.py what older versions lack. What we rely on, and where:
   `ParallelConfig.data_parallel_index`. The phases of a start: `Executor.get_class`, `_init_executor`,
   `determine_available_memory`, `initialize_from_config`, `compile_or_warm_up_model`. Ray below a rank:
   `ParallelConfig.placement_group` and `ray_runtime_env`, that workers go into those bundles of the group that have a
-  device, and that `build_actor_name` names them after `instance_id`.
+  device, that `build_actor_name` names them after `instance_id`, and that up to 0.28 they meet at a port from
+  `ParallelConfig.data_parallel_master_port` on (`RayExecutorV2._select_tcpstore_port`).
 * lockstep.py, a rank that steps with others: `DPEngineCoreProc`, also looked up in its module; that without a
   coordinator it tells its frontend of the end of each wave (`EngineCoreOutputs.wave_complete`) and takes
   `START_DP_WAVE` from it; `ParallelConfig.data_parallel_master_ip`, `_coord_store_port` and

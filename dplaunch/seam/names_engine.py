@@ -66,6 +66,11 @@ RANK = (
     ),
     Relied("vllm.v1.executor.ray_utils:build_actor_name", "instance_id, rank, tp_size, pp_size, pcp_size"),
     Relied("vllm.v1.executor.ray_utils:initialize_ray_cluster", "parallel_config"),
+    Relied(
+        "vllm.v1.executor.ray_executor_v2:RayExecutorV2._select_tcpstore_port",
+        "local_dp_rank, master_port",
+        until="0.28",
+    ),
     Relied("vllm.v1.executor.ray_utils:get_bundles_for_indices", "placement_group, bundle_indices, world_size"),
     Relied("vllm.v1.executor.ray_utils:get_bundles_sorted_by_node", "placement_group"),
     *fields(
@@ -73,7 +78,7 @@ RANK = (
             "vllm.config:VllmConfig": "instance_id kv_transfer_config parallel_config scheduler_config model_config",
             "vllm.config:KVTransferConfig": "engine_id",
             "vllm.config:ParallelConfig": "data_parallel_index data_parallel_size data_parallel_size_local "
-            "data_parallel_master_ip _data_parallel_master_port_list _coord_store_port "
+            "data_parallel_master_ip data_parallel_master_port _data_parallel_master_port_list _coord_store_port "
             "distributed_executor_backend placement_group ray_runtime_env",
             "vllm.config:ModelConfig": "logits_processors enforce_eager revision get_diff_sampling_param",
             "vllm.config:SchedulerConfig": "policy max_num_seqs",

@@ -9,11 +9,13 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
 from dplaunch.errors import RequestError
+from dplaunch.identity import base_of
 from dplaunch.seam.names import modules_of
 
 # Names that moved.
@@ -37,6 +39,31 @@ def moved(name: str) -> Any:
 
 
 # In a rank.
+
+
+PORTS_EACH = 32
+"""So many ports the Ray executor tries for its workers to meet at."""
+
+PORTS_BEHIND = 100
+"""The first of them is so far behind the data parallel master's."""
+
+PORTS = range(20000, 32000)
+"""Below those that Linux gives to whoever asks for any (net.ipv4.ip_local_port_range)."""
+
+
+def master_port(instance_id: str, rank: int) -> int:
+    """`ParallelConfig.data_parallel_master_port` for an independent rank whose executor is Ray.
+
+    From there on that executor looks for a port (vllm/v1/executor/ray_executor_v2.py, `_select_tcpstore_port`), and
+    its workers bind what it has found seconds later. Ranks that know of no others all look from the same one. With
+    this each rank of a group has ports of its own, and another group most likely others. vLLM needs none from 0.29 on.
+
+    Args:
+        instance_id: the rank's unique id.
+        rank: the global data-parallel rank.
+    """
+    group = zlib.crc32(base_of(instance_id).encode())
+    return PORTS[(group + rank) % (len(PORTS) // PORTS_EACH) * PORTS_EACH] - PORTS_BEHIND
 
 
 class OlderCore:

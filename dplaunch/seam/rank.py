@@ -18,7 +18,7 @@ from dplaunch.backend import RankBoot
 from dplaunch.channel import COMPILING, RankChannel
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
 from dplaunch.seam import compiled, lockstep, lora
-from dplaunch.seam.older import OlderCore
+from dplaunch.seam.older import OlderCore, master_port
 from dplaunch.seam.weights import RankWeights
 
 REPORT = "dplaunch_report"
@@ -61,6 +61,8 @@ def run_engine(boot: RankBoot, channel: RankChannel) -> None:
     config.parallel_config.distributed_executor_backend = payload.executor
     if payload.executor == "ray":
         join_cluster(config.parallel_config, os.environ)
+        if payload.place is None:
+            config.parallel_config.data_parallel_master_port = master_port(boot.instance_id, boot.rank)
     if boot.cpus:
         _use_cores(len(boot.cpus))
     executor_class = _with_phases(Executor.get_class(config), boot, channel, eager=config.model_config.enforce_eager)

@@ -21,6 +21,7 @@ import pytest
 
 from dplaunch import seam
 from dplaunch.errors import ExitCode, RequestError, VllmError
+from dplaunch.identity import Identity, new_base_id
 from dplaunch.rank_env import PLACEMENT_GROUP_VARIABLE
 from dplaunch.seam import failures, frontend, older, preload, rank, weights, wire
 from dplaunch.seam.config import check_version
@@ -204,6 +205,29 @@ def test_without_a_seat_the_placement_group_is_left_to_vllm() -> None:
     parallel = FakeParallelConfig()
     rank.join_cluster(parallel, {"RAY_ADDRESS": "10.0.0.1:6379"})
     assert parallel.placement_group is None
+
+
+def test_ranks_whose_executors_are_ray_look_for_their_ports_in_places_of_their_own() -> None:
+    def ports(base: str, number: int, incarnation: int = 0) -> set[int]:
+        name = Identity(base, number, incarnation).instance_id
+        first = older.master_port(name, number) + older.PORTS_BEHIND
+        return set(range(first, first + older.PORTS_EACH))
+
+    for base in (new_base_id() for _ in range(50)):
+        group = [ports(base, number) for number in range(64)]
+        assert len(set.union(*group)) == 64 * older.PORTS_EACH
+        assert set.union(*group) <= set(older.PORTS)
+        assert ports(base, 3, incarnation=2) == group[3]
+
+
+def test_an_older_ray_executor_finds_different_ports_for_two_ranks() -> None:
+    pytest.importorskip("ray")
+    executor: Any = importlib.import_module("vllm.v1.executor.ray_executor_v2").RayExecutorV2
+    if not hasattr(executor, "_select_tcpstore_port"):
+        pytest.skip("this vLLM's Ray executor looks for no port")
+    found = {executor._select_tcpstore_port(0, older.master_port(f"dpl-1_dp{number}", number)) for number in range(4)}
+    assert len(found) == 4
+    assert found <= set(older.PORTS)
 
 
 # Nobody else knows vLLM.
