@@ -38,6 +38,7 @@ class GroupClient:
         settle_s: seconds from a rank's death until the others are asked whether they outlived it, which comes before
             the move of its requests; 0 moves them at once.
         lockstep: whether the ranks step together.
+        gathers: see `Requests`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class GroupClient:
         emit: Listener = lambda event: None,
         settle_s: float = 0.0,
         lockstep: bool = False,
+        gathers: bool = False,
     ) -> None:
         self.outputs: asyncio.Queue[Any] = asyncio.Queue()
         """What the frontend gets: EngineCoreOutputs with `engine_index` set to the rank, `Failed` for a request that
@@ -71,6 +73,7 @@ class GroupClient:
             settle=self._settling.begin if settle_s else None,
             is_called=lambda link: self._calls.since(link) is not None,
             began=self._waves.began,
+            gathers=gathers,
         )
         self._dispatch = self._requests.dispatch
         self._refusal: DplaunchError | None = None
@@ -290,6 +293,7 @@ class GroupClient:
         if outputs.wave_complete is not None:
             self._waves.ended(link, outputs.wave_complete)
         if outputs.outputs:
-            outputs.outputs = [output for output in outputs.outputs if self._requests.note(link, output)]
+            weights = wire.weights_of(outputs)
+            outputs.outputs = [output for output in outputs.outputs if self._requests.note(link, output, weights)]
         if outputs.outputs or outputs.scheduler_stats:
             self.outputs.put_nowait(outputs)

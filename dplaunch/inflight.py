@@ -22,6 +22,19 @@ class Death:
         return f"rank {self.rank} (incarnation {self.incarnation}: {self.reason})"
 
 
+@dataclass(slots=True)
+class Kept:
+    """Tokens of an answer that the frontend gets with its end.
+
+    Args:
+        tokens: those since the last that it was given.
+        weights: the version of the weights that they are of, as vLLM says it.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    weights: str | None = None
+
+
 @dataclass(slots=True, eq=False)
 class InFlight:
     """A request on its way.
@@ -30,8 +43,9 @@ class InFlight:
         parts: the EngineCoreRequest, or all parts of a session whose input comes in parts, as the frontend gave them.
         link: the incarnation that has it; None while it waits.
         sent: the higher, the later it was sent to the rank that has it.
-        shown: whether any output of it has reached the frontend.
-        tokens: the output tokens that have.
+        shown: whether it has begun to be answered.
+        tokens: the output tokens so far. The frontend has them, but for those that are kept.
+        kept: those that it gets with the end; None where it gets each at once.
         unanswered: parts whose answer has not ended.
         second: what is left out of the answers of a rank that took it over; None on the first rank.
         deaths: the ranks that died with it in flight.
@@ -45,6 +59,7 @@ class InFlight:
     sent: int = 0
     shown: bool = False
     tokens: list[int] = field(default_factory=list)
+    kept: Kept | None = None
     unanswered: int = 1
     second: SecondRun | None = None
     deaths: list[Death] = field(default_factory=list)

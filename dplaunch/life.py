@@ -128,6 +128,7 @@ class GroupLife(GroupParts):
             emit=self._emit,
             settle_s=SETTLE_S,
             lockstep=plan.mode is Mode.LOCKSTEP,
+            gathers=not self.spec.log_stats,
         )
         weights = self.weights = Weights(client, alike=plan.mode is not Mode.LOCKSTEP)
         self._arrivals = Arrivals(weights, lambda: [] if weights.alike else self.supervisor.ranks)

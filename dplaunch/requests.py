@@ -11,10 +11,11 @@ from dplaunch.counters import Counters, RankCounters
 from dplaunch.dispatch import Dispatcher
 from dplaunch.errors import RequestError
 from dplaunch.events import Listener
-from dplaunch.inflight import Death, Failed, InFlight
+from dplaunch.inflight import Death, Failed, InFlight, Kept
 from dplaunch.link import RankLink
 from dplaunch.migrate import EngineTraits, Move, decide
 from dplaunch.seam import wire
+from dplaunch.seam.requests import has_tokens_alone, is_seen_at_its_end
 from dplaunch.second_run import AnsweredDifferently, SecondRun
 from dplaunch.spec import RequestPolicy
 from dplaunch.suspects import Suspects, poisoned
@@ -45,6 +46,8 @@ class Requests:
         settle: called at a rank's death; its requests move when the task is done. None moves them at once.
         is_called: whether a utility call is under way on a link.
         began: called when something was sent to a rank.
+        gathers: whether answers that nobody sees before their end are handed to the frontend then, and not token by
+            token, which is most of its work. Its metrics would take what was gathered for one step.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Requests:
         settle: Callable[[], asyncio.Task[None]] | None,
         is_called: Callable[[RankLink], bool],
         began: Callable[[], None] = lambda: None,
+        gathers: bool = False,
     ) -> None:
         self.counters = Counters()
         self.rank_counters: defaultdict[int, RankCounters] = defaultdict(RankCounters)
@@ -66,6 +70,7 @@ class Requests:
         self._policy = policy
         self._settle = settle
         self._is_called = is_called
+        self._gathers = gathers
         self._in_flight: dict[str, InFlight] = {}
         self._broken: set[str] = set()  # sessions that were lost while more of their input was to come
         self._suspects = Suspects(policy.max_failures)
@@ -109,7 +114,7 @@ class Requests:
             self._add_part(entry, request)
             return
         self._check_room()
-        entry = InFlight([request])
+        entry = InFlight([request], kept=Kept() if self._gathers and is_seen_at_its_end(request) else None)
         self._in_flight[request.request_id] = entry
         self.counters.accepted += 1
         if request.request_id in self._broken:
@@ -232,8 +237,14 @@ class Requests:
                 self.dispatch.send(entry)
         self._stirred.set()
 
-    def note(self, link: RankLink, output: Any) -> bool:
-        """Takes note of what a rank answered; False when it is nothing for the frontend."""
+    def note(self, link: RankLink, output: Any, weights: str | None = None) -> bool:
+        """Takes note of what a rank answered; False when it is nothing for the frontend, or nothing yet.
+
+        Args:
+            link: whose answer it is.
+            output: an EngineCoreOutput, which may be changed.
+            weights: the version of the weights that answered, where vLLM says it.
+        """
         entry = self._in_flight.get(output.request_id)
         if entry is None or entry.link is not link:
             return False  # It was aborted a moment ago.
@@ -249,6 +260,8 @@ class Requests:
         counters.tokens += len(tokens)
         if entry.suspicion and self._suspects.stepped(entry, link):
             self.dispatch.send_waiting()
+        if entry.kept is not None and self._keep(entry, entry.kept, output, weights):
+            return False
         # Engines list what they finished (`finished_requests`) for a coordinator only, and here is none.
         if output.finish_reason is not None:
             entry.unanswered -= 1
@@ -257,6 +270,20 @@ class Requests:
                 self.counters.finished += 1
                 self._end(entry)
         return True
+
+    def _keep(self, entry: InFlight, kept: Kept, output: Any, weights: str | None) -> bool:
+        """Whether an output was kept; one that says more than tokens gets those that were kept before it."""
+        if kept.tokens and kept.weights != weights:
+            # The frontend notes which tokens are of which weights.
+            self._outputs.put_nowait(wire.tokens_alone(entry.request_id, kept.tokens, kept.weights))
+            kept.tokens = []
+        kept.weights = weights
+        if has_tokens_alone(output):
+            kept.tokens += output.new_token_ids
+            return True
+        output.new_token_ids = [*kept.tokens, *output.new_token_ids]
+        kept.tokens = []
+        return False
 
     def _hold(self, entry: InFlight, link: RankLink) -> bool:
         """Whether to wait with the end of a request that nobody here aborted: its engine may be about to end."""

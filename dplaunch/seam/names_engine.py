@@ -221,11 +221,19 @@ WIRE = (
             "wave_complete",
             "vllm.v1.engine:EngineCoreRequestType": "ADD ABORT START_DP_WAVE UTILITY",
             "vllm.v1.engine:EngineCoreOutput": "request_id new_token_ids finish_reason new_logprobs "
-            "new_prompt_logprobs_tensors events prefill_stats",
+            "new_prompt_logprobs_tensors events prefill_stats routed_experts",
             "vllm.v1.engine:UtilityOutput": "call_id failure_message result",
             "vllm.v1.serial_utils:UtilityResult": "result",
-            "vllm.sampling_params:SamplingParams": "max_tokens min_tokens prompt_logprobs",
+            "vllm.sampling_params:SamplingParams": "max_tokens min_tokens prompt_logprobs output_kind stop logprobs "
+            "skip_clone",
+            "vllm.sampling_params:RequestOutputKind": "FINAL_ONLY",
         }
+    ),
+    Relied(
+        "vllm.v1.engine:EngineCoreOutputs",
+        has=("weight_version",),
+        since="0.32",
+        instead="the frontend notes no versions of weights",
     ),
     Relied(
         "vllm.v1.engine:EngineCoreOutput",

@@ -57,6 +57,7 @@ def submit(
     params = params.clone()
     # One message at the end: a batch has no use for the steps in between.
     params.output_kind = RequestOutputKind.FINAL_ONLY
+    params.skip_clone = True  # It is this request's own already.
     outputs: AsyncIterator[Any] = engine.generate(
         prompt,
         params,

@@ -7,10 +7,14 @@ By attribute and without importing vLLM. Checked with 0.26 to 0.33: `EngineCoreR
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
+
+BATCH = "batch-"
+"""How the ids of a batch's requests begin."""
 
 
 def continued(request: Any, tokens: Sequence[int]) -> Any:
@@ -43,6 +47,34 @@ def cut_front(output: Any, count: int) -> None:
     # vLLM has it from 0.28 on.
     if (mask := getattr(output, "new_sampling_mask", None)) is not None:
         output.new_sampling_mask = mask.slice_request(count, left) if left else None
+
+
+def is_seen_at_its_end(request: Any) -> bool:
+    """Whether nobody sees the answer of an EngineCoreRequest before its end, vLLM's frontend included.
+
+    So it is with what `AsyncGroup.generate` asks (`BATCH`). The frontend looks at each token where a text may end the
+    answer, or logprobs are wanted. What else asks for the end alone may still read what there is when it aborts.
+    """
+    params = request.sampling_params
+    return (
+        params is not None
+        and (request.external_req_id or request.request_id).startswith(BATCH)
+        and params.output_kind.name == "FINAL_ONLY"
+        and not params.stop
+        and params.logprobs is None
+        and not request.resumable
+    )
+
+
+def has_tokens_alone(output: Any) -> bool:
+    """Whether an EngineCoreOutput has tokens, and says nothing else of its request."""
+    # An array does not say yes or no when it is compared.
+    return output.routed_experts is None and msgspec.structs.astuple(output)[2:] == _nothing_else(output.__class__)
+
+
+@functools.cache
+def _nothing_else(kind: Callable[[str, list[int]], Any]) -> tuple[Any, ...]:
+    return msgspec.structs.astuple(kind("", []))[2:]
 
 
 def _clear(struct: Any, *names: str) -> None:

@@ -64,6 +64,26 @@ class Codec:
         return self._decoder.decode(frames)
 
 
+def weights_of(outputs: Any) -> str | None:
+    """The version of the weights that an EngineCoreOutputs was computed with; vLLM says it from 0.32 on."""
+    version: str | None = getattr(outputs, "weight_version", None)
+    return version
+
+
+def tokens_alone(request_id: str, tokens: Sequence[int], weights: str | None) -> Any:
+    """An EngineCoreOutputs with some tokens of one answer.
+
+    Args:
+        request_id: whose answer it is.
+        tokens: the token ids.
+        weights: what `weights_of` said of them.
+    """
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+
+    version = {} if weights is None else {"weight_version": weights}
+    return EngineCoreOutputs(outputs=[EngineCoreOutput(request_id, list(tokens))], **version)
+
+
 def pinned_engine(request: Any, ranks: int) -> int | None:
     """The rank that vLLM wants a request on: the caller's, or that of a late-interaction query; None for any."""
     rank: int | None = request.data_parallel_rank

@@ -72,9 +72,9 @@ class FakeCodec:
 class Rig:
     """A client and its links."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, **options: Any) -> None:
         self.engine_errors: list[int] = []
-        self.client = GroupClient(FakeCodec(), self.engine_errors.append)
+        self.client = GroupClient(FakeCodec(), self.engine_errors.append, **options)
         self.links: dict[int, FakeLink] = {}
         for rank in range(ranks):
             self.up(rank)
