@@ -126,6 +126,8 @@ class _Batch:
     ) -> None:
         self.prompts = _as_batch(prompts)
         self.params = _one_each("params", params, len(self.prompts))
+        final = {id(each): seam_prompts.final_params(engine, each) for each in self.params}
+        self._final = [final[id(each)] for each in self.params]
         self.loras = _one_each("lora_request", lora_request, len(self.prompts))
         self._engine = engine
         self._rank = rank
@@ -138,7 +140,7 @@ class _Batch:
             outputs = seam_prompts.submit(
                 self._engine,
                 rendered,
-                self.params[index],
+                self._final[index],
                 f"{self._prefix}-{index}",
                 data_parallel_rank=self._rank,
                 lora_request=self.loras[index],

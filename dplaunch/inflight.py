@@ -24,13 +24,15 @@ class Death:
 
 @dataclass(slots=True)
 class Kept:
-    """Tokens of an answer that the frontend gets with its end.
+    """Tokens of an answer that the frontend gets in larger pieces.
 
     Args:
+        room: how many make a piece.
         tokens: those since the last that it was given.
         weights: the version of the weights that they are of, as vLLM says it.
     """
 
+    room: int
     tokens: list[int] = field(default_factory=list)
     weights: str | None = None
 
@@ -45,7 +47,7 @@ class InFlight:
         sent: the higher, the later it was sent to the rank that has it.
         shown: whether it has begun to be answered.
         tokens: the output tokens so far. The frontend has them, but for those that are kept.
-        kept: those that it gets with the end; None where it gets each at once.
+        kept: those that it gets with others; None where it gets each at once.
         unanswered: parts whose answer has not ended.
         second: what is left out of the answers of a rank that took it over; None on the first rank.
         deaths: the ranks that died with it in flight.

@@ -25,6 +25,13 @@ ABORT_S = 30.0
 """Seconds that a rank which aborts its requests unasked has to end, and its requests to move: a long shutdown."""
 
 
+PIECE = 64
+"""Tokens of an answer that the frontend gets together, where nobody sees them before its end.
+
+More would hardly make it less work, and leave too much of it for the end, when many answers end at once.
+"""
+
+
 class Codec(Protocol):
     """Turns requests into frames and frames into outputs; `dplaunch.seam.wire.Codec` is the real one."""
 
@@ -46,8 +53,8 @@ class Requests:
         settle: called at a rank's death; its requests move when the task is done. None moves them at once.
         is_called: whether a utility call is under way on a link.
         began: called when something was sent to a rank.
-        gathers: whether answers that nobody sees before their end are handed to the frontend then, and not token by
-            token, which is most of its work. Its metrics would take what was gathered for one step.
+        gathers: whether answers that nobody sees before their end are handed to the frontend in larger pieces, and
+            not token by token, which is most of its work. Its metrics would take what was gathered for one step.
     """
 
     def __init__(
@@ -114,7 +121,10 @@ class Requests:
             self._add_part(entry, request)
             return
         self._check_room()
-        entry = InFlight([request], kept=Kept() if self._gathers and is_seen_at_its_end(request) else None)
+        entry = InFlight([request])
+        if self._gathers and is_seen_at_its_end(request):
+            # Of answers that have begun together, not all have a piece together.
+            entry.kept = Kept(PIECE - len(self._in_flight) % PIECE)
         self._in_flight[request.request_id] = entry
         self.counters.accepted += 1
         if request.request_id in self._broken:
@@ -272,17 +282,17 @@ class Requests:
         return True
 
     def _keep(self, entry: InFlight, kept: Kept, output: Any, weights: str | None) -> bool:
-        """Whether an output was kept; one that says more than tokens gets those that were kept before it."""
+        """Whether an output was kept. One that makes a piece full, or says more than tokens, gets those before it."""
         if kept.tokens and kept.weights != weights:
             # The frontend notes which tokens are of which weights.
             self._outputs.put_nowait(wire.tokens_alone(entry.request_id, kept.tokens, kept.weights))
             kept.tokens = []
         kept.weights = weights
-        if has_tokens_alone(output):
-            kept.tokens += output.new_token_ids
+        tokens = kept.tokens
+        tokens += output.new_token_ids
+        if len(tokens) < kept.room and has_tokens_alone(output):
             return True
-        output.new_token_ids = [*kept.tokens, *output.new_token_ids]
-        kept.tokens = []
+        output.new_token_ids, kept.tokens, kept.room = tokens, [], PIECE
         return False
 
     def _hold(self, entry: InFlight, link: RankLink) -> bool:

@@ -9,6 +9,9 @@ from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
 
+TOGETHER = 16
+"""How many things are begun before the event loop gets its turn."""
+
 
 class SideBySide(Generic[T]):
     """Begins with things in their order and yields (thing, result) in the order of their ends.
@@ -28,6 +31,7 @@ class SideBySide(Generic[T]):
         self._room = room
         self._do = do
         self._workers = 0
+        self._filling = False
         self._ended: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue()
         self._all: asyncio.Task[None] | None = None
 
@@ -69,14 +73,22 @@ class SideBySide(Generic[T]):
     async def _do_all(self) -> None:
         # A task group: when this task is cancelled (Ctrl-C), every worker is, and AsyncLLM aborts its request.
         async with asyncio.TaskGroup() as group:
-            self._fill(group)
+            await self._fill(group)
 
-    def _fill(self, group: asyncio.TaskGroup) -> None:
-        while self._workers < min(self._count, self._room()):
-            self._workers += 1
-            group.create_task(self._work(group))
+    async def _fill(self, group: asyncio.TaskGroup) -> None:
+        if self._filling:
+            return
+        self._filling = True
+        try:
+            while self._workers < min(self._count, self._room()):
+                self._workers += 1
+                group.create_task(self._work(group))
+                if self._workers % TOGETHER == 0:
+                    await asyncio.sleep(0)
+        finally:
+            self._filling = False
 
     async def _work(self, group: asyncio.TaskGroup) -> None:
         for number in self._todo:
-            self._fill(group)  # there may be more room by now
+            await self._fill(group)  # there may be more room by now
             self._ended.put_nowait((number, await self._do(number)))

@@ -6,6 +6,13 @@ import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+SHORT = 4000
+"""Characters of a prompt that is tokenized at once, in the event loop: about a millisecond.
+
+vLLM has a thread for it. Where the event loop is busy, as at the start of a batch, that thread waits for it a few
+milliseconds for each prompt, however short.
+"""
+
 
 def is_chat(prompt: Any) -> bool:
     """Whether a prompt is a list of chat messages."""
@@ -33,6 +40,8 @@ async def render(engine: Any, prompt: Any) -> Any:
 
     renderer = engine.renderer
     parsed = parse_model_prompt(engine.model_config, prompt)
+    if isinstance(prompt, str) and len(prompt) <= SHORT:
+        return renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params)[0]
     inputs = await renderer.render_cmpl_async([parsed], renderer.default_cmpl_tok_params)
     return inputs[0]
 
@@ -46,27 +55,43 @@ def submit(
     data_parallel_rank: int | None,
     lora_request: Any,
 ) -> AsyncIterator[Any]:
-    """Hands a rendered prompt to the engine; yields its final output alone."""
+    """Hands a rendered prompt to the engine; yields its final output alone.
+
+    Args:
+        params: what `final_params` made.
+    """
     from vllm import PoolingParams
-    from vllm.sampling_params import RequestOutputKind
 
     if isinstance(params, PoolingParams):
         return _pool(engine, prompt, params, request_id, data_parallel_rank, lora_request)
-    if params is None:
-        params = default_params(engine)
-    params = params.clone()
-    # One message at the end: a batch has no use for the steps in between.
-    params.output_kind = RequestOutputKind.FINAL_ONLY
-    params.skip_clone = True  # It is this request's own already.
     outputs: AsyncIterator[Any] = engine.generate(
         prompt,
-        params,
+        params.clone(),
         request_id,
         prompt_text=prompt.get("prompt"),  # Given back with the output.
         data_parallel_rank=data_parallel_rank,
         lora_request=lora_request,
     )
     return outputs
+
+
+def final_params(engine: Any, params: Any) -> Any:
+    """Parameters for requests of a batch: one message at the end, which has no use for the steps in between.
+
+    Each request gets a copy, and vLLM makes another one; these are shallow where nothing in them is a request's own.
+
+    Args:
+        params: SamplingParams, PoolingParams, or None for the model's own.
+    """
+    from vllm import PoolingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    if isinstance(params, PoolingParams):
+        return params
+    params = (default_params(engine) if params is None else params).clone()
+    params.output_kind = RequestOutputKind.FINAL_ONLY
+    params.skip_clone = params.extra_args is None and params.structured_outputs is None
+    return params
 
 
 async def _pool(

@@ -1,4 +1,4 @@
-"""Answers of a batch: the frontend gets their tokens in one piece, with the end, and none is lost on the way."""
+"""Answers of a batch: the frontend gets their tokens in larger pieces, and none is lost on the way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dplaunch.requests import PIECE
 from dplaunch.seam import frontend
 from dplaunch.seam.requests import BATCH, has_tokens_alone
 from dplaunch.spec import RequestPolicy
@@ -47,7 +48,7 @@ def gathering(ranks: int = 1) -> Rig:
     return Rig(ranks, gathers=True)
 
 
-def test_the_frontend_gets_all_tokens_of_an_answer_with_its_end() -> None:
+def test_the_frontend_gets_a_short_answer_with_its_end() -> None:
     rig = gathering()
     rig.client.add(of_batch())
     for token in (5, 6, 7):
@@ -60,6 +61,28 @@ def test_the_frontend_gets_all_tokens_of_an_answer_with_its_end() -> None:
     assert part.finished
     assert outcome.engine_index == 0
     assert rig.client.unfinished == 0
+
+
+def test_a_long_answer_comes_in_pieces_and_each_token_once() -> None:
+    rig = gathering()
+    rig.client.add(of_batch())
+    for token in range(150):
+        rig.answer(0, tokens(token))
+    rig.answer(0, tokens(150, ends=True))
+    pieces = told(rig)
+    assert [token for piece in pieces for token in piece] == list(range(151))
+    assert [len(piece) for piece in pieces] == [PIECE, PIECE, 151 - 2 * PIECE]
+
+
+def test_answers_that_begin_together_do_not_all_fill_a_piece_at_once() -> None:
+    rig = gathering()
+    for number in range(PIECE):
+        rig.client.add(of_batch(f"batch-{number}"))
+    pieces = []
+    for _ in range(PIECE):
+        rig.answer(0, *(tokens(5, name=f"batch-{number}") for number in range(PIECE)))
+        pieces.append(len(told(rig)))
+    assert pieces == [1 for _ in range(PIECE)]
 
 
 def test_tokens_that_are_kept_are_counted_as_they_come() -> None:
