@@ -42,7 +42,10 @@ class RankChannel:
 
     def failed(self, error: BaseException) -> None:
         """Says what ended the engine, before the process does."""
-        self._send({"status": "FAILED", "type": type(error).__name__, "message": str(error)})
+        # What a Ray worker raised; the error around it (ray/exceptions.py, RayTaskError) is a traceback as its message.
+        cause = getattr(error, "cause", None)
+        told = cause if isinstance(cause, BaseException) else error
+        self._send({"status": "FAILED", "type": type(told).__name__, "message": str(told)})
 
     def _send(self, message: dict[str, object]) -> None:
         self._socket.send(msgspec.msgpack.encode(self._head | message))

@@ -110,6 +110,7 @@ FRONTEND = (
         {
             "BaseRenderer.clear_mm_cache_async": "self",
             "BaseRenderer.render_chat_async": "self, conversations, chat_params, tok_params",
+            "BaseRenderer.render_cmpl": "self, prompts, tok_params",
             "BaseRenderer.render_cmpl_async": "self, prompts, tok_params",
             "ChatParams": "chat_template_kwargs=",
         },

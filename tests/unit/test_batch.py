@@ -12,6 +12,7 @@ import pytest
 from dplaunch.batch import HEADROOM, run_batch, stream_one
 from dplaunch.errors import GroupDeadError, RequestError, UsageError
 from dplaunch.seam import frontend
+from dplaunch.seam.prompts import SHORT
 from dplaunch.testing import poll_until_async
 
 BAD = "bad"
@@ -28,7 +29,15 @@ class FakeRenderer:
 
     default_cmpl_tok_params = None
 
+    def __init__(self) -> None:
+        self.elsewhere = 0
+        """How many prompts were rendered while the event loop went on."""
+
+    def render_cmpl(self, prompts: list[Any], params: None) -> list[Any]:
+        return prompts
+
     async def render_cmpl_async(self, prompts: list[Any], params: None) -> list[Any]:
+        self.elsewhere += len(prompts)
         return prompts
 
 
@@ -163,6 +172,23 @@ async def test_prompts_come_in_several_kinds(prompts: Any, seen: list[Any]) -> N
     engine = FakeEngine()
     assert len(await run(engine, prompts)) == len(seen)
     assert engine.started == seen
+
+
+async def test_a_short_prompt_is_tokenized_at_once_and_a_long_one_while_the_event_loop_goes_on() -> None:
+    engine = FakeEngine()
+    await run(engine, ["a" * SHORT, "b" * (SHORT + 1), {"prompt": "c"}])
+    assert engine.renderer.elsewhere == 2
+
+
+async def test_what_is_a_requests_own_in_its_params_is_copied_for_each() -> None:
+    from vllm import SamplingParams
+
+    engine = FakeEngine()
+    await run(engine, ["a", "b"], SamplingParams(extra_args={"plugin": [1]}))
+    first, second = engine.params
+    assert first.extra_args == second.extra_args
+    assert first.extra_args is not second.extra_args
+    assert first.extra_args["plugin"] is not second.extra_args["plugin"]
 
 
 async def test_one_sampling_params_serves_all_and_stays_as_it_was() -> None:

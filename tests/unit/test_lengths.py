@@ -74,9 +74,9 @@ class TellingEngine:
     def __init__(self) -> None:
         self.started: list[str] = []
         self.model_config = SimpleNamespace(is_encoder_decoder=False, get_diff_sampling_param=dict)
-        self.renderer = SimpleNamespace(default_cmpl_tok_params=None, render_cmpl_async=self._render)
+        self.renderer = SimpleNamespace(default_cmpl_tok_params=None, render_cmpl=self._render)
 
-    async def _render(self, prompts: list[Any], params: None) -> list[Any]:
+    def _render(self, prompts: list[Any], params: None) -> list[Any]:
         return prompts
 
     async def generate(self, prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:

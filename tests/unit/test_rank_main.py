@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dplaunch.backend import RankBoot
+from dplaunch.channel import RankChannel
 from dplaunch.rank_main import EXIT_ENGINE_FAILED, load_function
 from dplaunch.testing import Fault, When, poll_until
 from tests.contract.boots import make_boot
@@ -102,6 +103,16 @@ def test_an_engine_that_raises_ends_the_rank_and_says_why_in_message_and_log(
     assert "RuntimeError: no such weights" in log.read_text()
 
 
+def test_of_a_worker_that_ray_holds_the_workers_own_error_is_told() -> None:
+    ray_errors = pytest.importorskip("ray.exceptions")
+    error = ray_errors.RayTaskError("initialize", "Traceback ...", OSError("address already in use"))
+    sent: list[dict[str, object]] = []
+    channel = RankChannel.__new__(RankChannel)
+    channel._send = sent.append  # type: ignore[assignment, method-assign]
+    channel.failed(error.as_instanceof_cause())
+    assert sent == [{"status": "FAILED", "type": "OSError", "message": "address already in use"}]
+
+
 def test_an_engine_that_cannot_be_imported_is_a_failure_like_any_other(
     launcher: RawLauncher, become: Callable[[RankBoot], Popen], tmp_path: Path
 ) -> None:
@@ -130,6 +141,7 @@ def test_the_launchers_import_path_is_added_behind_the_ranks_own(
 
 WATCHER = """
 import os, sys, time
+from dplaunch.channel import RankChannel
 from dplaunch.rank_main import die_with
 watched = int(sys.argv[1])
 if not os.fork():
