@@ -56,3 +56,36 @@ def test_a_rank_that_dies_comes_back_with_the_current_weights(group: dplaunch.Gr
     assert group.weight_version == "newest"
     assert group.weight_checksums() == sums
     assert looks.answers(group, rank, 2) == answers
+
+
+def test_a_trainer_takes_the_memory_of_sleeping_ranks_round_after_round_and_a_death_amid_it_loses_no_weights(
+    group: dplaunch.Group, module: Any
+) -> None:
+    import torch
+
+    ids = torch.arange(64, device="cuda:0").repeat(2, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
+    seen = [looks.answers(group, 0, 2)]
+    for step in (1, 2):
+        torch.cuda.empty_cache()
+        awake, _ = torch.cuda.mem_get_info(0)
+        group.sleep(2)
+        asleep, _ = torch.cuda.mem_get_info(0)
+        # More than was free while they were awake.
+        room = torch.zeros((awake + asleep) // 2, dtype=torch.uint8, device="cuda:0")
+        module(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        looks.shift(module, 10 + step)
+        del room
+        torch.cuda.empty_cache()
+        done = group.update_weights(module, f"step {step}")
+        group.wake_up()
+        if step == 1:
+            looks.kill_rank(group, group.ranks_up[-1])
+        assert group.weight_version == f"step {step}"
+        assert set(group.weight_checksums().values()) == {done.checksum}
+        by_rank = [looks.answers(group, rank, 2) for rank in group.ranks_up]
+        assert all(answers == by_rank[0] for answers in by_rank)
+        assert by_rank[0] not in seen
+        seen.append(by_rank[0])
