@@ -76,6 +76,7 @@ def test_a_trainer_takes_the_memory_of_sleeping_ranks_round_after_round_and_a_de
         module(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        # One small step need not change a greedy answer; this does.
         looks.shift(module, 10 + step)
         del room
         torch.cuda.empty_cache()
