@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,7 @@ def run_child(side: str, task: str, settings: Settings, load: Load | None = None
         "model": str(settings.model),
         "dp": settings.dp,
         "engine_args": settings.engine_args,
-        "load": [load.clients, load.requests, load.tokens] if load else None,
+        "load": dataclasses.asdict(load) if load else None,
         # CLOCK_MONOTONIC is one clock for all processes of a host.
         "started": time.monotonic(),
     }
@@ -88,9 +89,15 @@ async def _stock_generate(question: dict[str, Any]) -> dict[str, float]:
     engine = _stock_engine(question)
     await ask_engine(engine, 0, QUESTION, 1)
     answered = time.monotonic()
-    rate = await tokens_per_second(_load(question), lambda *request: ask_engine(engine, *request))
+    load = Load(**question["load"])
+    rate = await tokens_per_second(load, lambda *request: ask_engine(engine, *request))
+    fresh = _fresh(load)
+    started = time.monotonic()
+    asked = (ask_engine(engine, load.requests + at, prompt, load.tokens) for at, prompt in enumerate(fresh))
+    generated = sum(await asyncio.gather(*asked))
+    seconds = time.monotonic() - started
     engine.shutdown()
-    return {"from_start": answered - question["started"], "engine": rate}
+    return {"from_start": answered - question["started"], "engine": rate, "batch": generated / seconds}
 
 
 def _dplaunch_launch(question: dict[str, Any]) -> dict[str, float]:
@@ -111,7 +118,7 @@ def _dplaunch_once(question: dict[str, Any]) -> tuple[float, float]:
 async def _dplaunch_generate(question: dict[str, Any]) -> dict[str, float]:
     import dplaunch
 
-    load = _load(question)
+    load = Load(**question["load"])
     async with dplaunch.launch_async(
         model=question["model"], dp=question["dp"], backend="mp", **question["engine_args"]
     ) as group:
@@ -119,8 +126,7 @@ async def _dplaunch_generate(question: dict[str, Any]) -> dict[str, float]:
         await ask_engine(engine, 0, QUESTION, 1)
         answered = time.monotonic()
         rate = await tokens_per_second(load, lambda *request: ask_engine(engine, *request))
-        # Not what the engine's prefix cache already holds.
-        fresh = [f"New: {prompt}" for prompt in prompts(load.requests)]
+        fresh = _fresh(load)
         started = time.monotonic()
         outputs = await group.generate(fresh, final_params(load.tokens))
         seconds = time.monotonic() - started
@@ -128,9 +134,9 @@ async def _dplaunch_generate(question: dict[str, Any]) -> dict[str, float]:
     return {"from_start": answered - question["started"], "engine": rate, "generate": generated / seconds}
 
 
-def _load(question: dict[str, Any]) -> Load:
-    clients, requests, tokens = question["load"]
-    return Load(clients=clients, requests=requests, tokens=tokens)
+def _fresh(load: Load) -> list[str]:
+    """The prompts of a batch, which no engine's prefix cache holds already."""
+    return [f"New: {prompt}" for prompt in prompts(load.requests if load.batch is None else load.batch)]
 
 
 _TASKS: dict[tuple[str, str], Callable[[dict[str, Any]], dict[str, float]]] = {

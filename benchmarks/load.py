@@ -19,11 +19,13 @@ class Load:
         clients: requests in flight at any time.
         requests: in all.
         tokens: generated for each request.
+        batch: prompts of a batch, all of them asked at once; None for as many as `requests`.
     """
 
     clients: int
     requests: int
     tokens: int
+    batch: int | None = None
 
 
 FULL = Load(clients=16, requests=96, tokens=64)

@@ -14,7 +14,6 @@ from dplaunch.lengths import AnswerLengths
 from dplaunch.resume_keys import Keys
 from dplaunch.saved_batch import Resume, SavedBatch
 from dplaunch.seam import prompts as seam_prompts
-from dplaunch.seam.requests import BATCH
 from dplaunch.side_by_side import SideBySide
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -131,7 +130,7 @@ class _Batch:
         self.loras = _one_each("lora_request", lora_request, len(self.prompts))
         self._engine = engine
         self._rank = rank
-        self._prefix = f"{BATCH}{uuid.uuid4().hex[:8]}"
+        self._prefix = f"batch-{uuid.uuid4().hex[:8]}"
 
     async def answer(self, index: int) -> Any:
         """One prompt's final output, or the RequestError that it ended with: a bad prompt fails alone."""

@@ -211,6 +211,13 @@ class GroupClient:
             raise self._refusal
         self._requests.add(request)
 
+    def gathered(self, request_id: str) -> tuple[Sequence[int], str | None]:
+        """All tokens so far of an answer that the frontend gets in pieces, and the version of the last ones' weights.
+
+        Nothing for a request that is not in flight, or whose tokens the frontend gets as they come.
+        """
+        return self._requests.gathered(request_id)
+
     def abort(self, request_ids: Iterable[str]) -> None:
         """Stops requests; unknown ids are ignored, since a request may end while its abort is under way."""
         self._requests.abort(request_ids)

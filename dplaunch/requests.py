@@ -140,6 +140,11 @@ class Requests:
         """Whether a request is in flight."""
         return request_id in self._in_flight
 
+    def gathered(self, request_id: str) -> tuple[Sequence[int], str | None]:
+        """See `GroupClient.gathered`."""
+        entry = self._in_flight.get(request_id)
+        return ((), None) if entry is None or entry.kept is None else (entry.tokens, entry.kept.weights)
+
     def _check_room(self) -> None:
         bound = self._policy.max_queue
         if bound and len(self._in_flight) >= bound:

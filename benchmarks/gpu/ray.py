@@ -18,6 +18,9 @@ from benchmarks.gpu.steps import Script, Step
 V2 = {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1"}
 """vLLM's newer Ray executor."""
 
+# The model has 380 MB.
+_ROOM = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 4 * 2**30}
+
 # Its own all-reduce, and the fusions of a compiled model, use memory that several devices map.
 _PLAIN = {"enforce_eager": True, "disable_custom_all_reduce": True}
 
@@ -26,7 +29,7 @@ def launch(name: str, dp: int | None = None, *, dies: bool = True, **args: Any) 
     """A step: a group on Ray; where its workers are, what they answer, and a rank's death."""
 
     def run(setup: Setup, notes: Notes) -> None:
-        settings = setup.with_weights(dp=dp)
+        settings = setup.with_weights(dp=dp, **({} if setup.cpu else _ROOM))
         called = time.monotonic()
         with dplaunch.launch(
             model=str(settings.model), dp=settings.dp, backend="ray", **settings.engine_args, **args

@@ -38,6 +38,9 @@ RATE = "tokens/s"
 CLIENTS, REQUESTS, TOKENS = 256, 1024, 128
 """For each rank: in flight at a time, in all; and generated for each request."""
 
+BATCH = 3 * 1024
+"""Prompts of a batch, for each rank: three times what it runs at a time, so that its end is not most of it."""
+
 UNDER_LOAD = Amount(clients=48, questions=48, tokens=256, steady_s=8.0)
 """What a rank is killed under."""
 
@@ -52,15 +55,25 @@ def imports(setup: Setup, notes: Notes) -> None:
     notes.value("importing vLLM for the first time", time.monotonic() - began)
 
 
-def in_process(side: str, model: str) -> Run:
-    """A step: all ranks in a Python process; its start, and tokens/s of the engine and of `group.generate`."""
+def in_process(side: str, model: str, dp: int | None = None) -> Run:
+    """A step: ranks in a Python process; its start, tokens/s of the engine, and those of a batch.
+
+    The batch goes through `group.generate`, or all at once into stock's engine.
+
+    Args:
+        side: whose engine.
+        model: of `models.CONFIGS`.
+        dp: ranks; None for all.
+    """
 
     def run(setup: Setup, notes: Notes) -> None:
+        ranks = setup.dp if dp is None else dp
+        label = f"{model} {side}" if dp is None else f"{model} {side} dp={dp}"
         with compiling(setup, notes, side, model) as state:
-            measured = run_child(side, "generate", setup.settings(model), load_of(setup, setup.dp))
-            notes.value(f"{model} {side} python {state()} start", measured.pop("from_start"))
+            measured = run_child(side, "generate", setup.settings(model, ranks), load_of(setup, ranks))
+            notes.value(f"{label} python {state()} start", measured.pop("from_start"))
         for name, rate in measured.items():
-            notes.value(f"{model} {side} {name}", rate, RATE)
+            notes.value(f"{label} {name}", rate, RATE)
 
     return run
 
@@ -128,7 +141,7 @@ async def _launched(setup: Setup, notes: Notes, model: str, executor: str, dp: i
         rate = await tokens_per_second(load, lambda *request: ask_engine(group.engine, *request))
         notes.value(f"{label} engine", rate, RATE)
         began = time.monotonic()
-        outputs = await group.generate(prompts(load.requests), final_params(load.tokens), progress=False)
+        outputs = await group.generate(prompts(load.batch or load.requests), final_params(load.tokens), progress=False)
         generated = sum(len(output.outputs[0].token_ids) for output in outputs)
         notes.value(f"{label} generate", generated / (time.monotonic() - began), RATE)
 
@@ -136,8 +149,8 @@ async def _launched(setup: Setup, notes: Notes, model: str, executor: str, dp: i
 def load_of(setup: Setup, dp: int) -> Load:
     """The load of a group: as much for each rank, however many there are."""
     if setup.cpu:
-        return Load(clients=4 * dp, requests=8 * dp, tokens=8)
-    return Load(clients=CLIENTS * dp, requests=REQUESTS * dp, tokens=TOKENS)
+        return Load(clients=4 * dp, requests=8 * dp, tokens=8, batch=24 * dp)
+    return Load(clients=CLIENTS * dp, requests=REQUESTS * dp, tokens=TOKENS, batch=BATCH * dp)
 
 
 # ---- a rank is killed; the last one ----

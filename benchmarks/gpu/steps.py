@@ -117,6 +117,11 @@ class Script:
             "--only", help="steps to run, apart by commas; the others as --out has them: " + ",".join(self.steps)
         )
         parser.add_argument("--limit-s", type=float, default=LIMIT_S, help=f"for all of it (default {LIMIT_S:.0f})")
+        parser.add_argument(
+            "--beside-others",
+            action="store_true",
+            help="others may hold device memory; it is not checked",
+        )
         parser.add_argument("--cpu-rehearsal", action="store_true", help="a tiny model, without devices")
         parser.add_argument("--list", action="store_true", help="the steps, and about how long each takes; runs none")
         parser.add_argument("--step", help=argparse.SUPPRESS)
@@ -134,7 +139,10 @@ class Script:
             self._outcomes = [outcome for outcome in saved(file) if outcome.step not in only]
         for name in only or self.steps:
             outcome = self._outcome(self.steps[name], setup, deadline, given.out / f"{self.name}.log")
+            if not (setup.cpu or given.beside_others or outcome.state.startswith("skipped")):
+                outcome.notes.append(_memory_is_free(name))
             self._outcomes.append(outcome)
+            end_children()
             say(f"[{self.name}] {name}: {outcome.state} after {outcome.seconds:.0f} s")
             self._save(setup, file)
         self._print()
@@ -181,9 +189,7 @@ class Script:
             text = told.read().decode(errors="replace")
         if state != "done":
             say("\n".join(text.splitlines()[-_LAST_LINES:]))
-        found = notes.read(text) + ([] if setup.cpu else [_memory_is_free(step.name)])
-        end_children()
-        return Outcome(step=step.name, state=state, seconds=seconds, notes=found)
+        return Outcome(step=step.name, state=state, seconds=seconds, notes=notes.read(text))
 
     def _save(self, setup: Setup, file: Path) -> None:
         result = {

@@ -18,7 +18,7 @@ from typing import Any
 from dplaunch.client import GroupClient
 from dplaunch.errors import DplaunchError, GroupDeadError
 from dplaunch.inflight import Failed
-from dplaunch.seam import failures, older
+from dplaunch.seam import failures, older, wire
 from dplaunch.seam.traits import engine_traits
 
 _PENDING: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar("pending", default=None)
@@ -97,6 +97,7 @@ def make_engine(
                 log_requests=log_requests,
             )
             engine.engine_core.output_processor = engine.output_processor
+            _complete_aborted(engine.output_processor, client)
             older.pass_on_failures(engine)
             failures.failure_class()  # Imported now, and not in the event loop at the first failure.
             return engine
@@ -142,6 +143,35 @@ async def forget_media(engine: Any) -> None:
     vLLM keeps the two in step (`AsyncLLM.pause_generation`); only a group that was launched with one rank has any.
     """
     await engine.renderer.clear_mm_cache_async()
+
+
+def _complete_aborted(output_processor: Any, client: GroupClient) -> None:
+    """Has an answer that ends with an abort hold all that came for it: the client may have kept the last tokens.
+
+    vLLM makes that answer in `OutputProcessor.abort_requests`, of the tokens that it has been handed by then.
+    """
+    abort = output_processor.abort_requests
+
+    def abort_requests(request_ids: Iterable[str], internal: bool) -> list[str]:
+        names = list(request_ids)
+        for name in names:
+            for request_id in [name] if internal else output_processor.external_req_ids.get(name, ()):
+                _hand_over(output_processor, request_id, *client.gathered(request_id))
+        aborted: list[str] = abort(names, internal)
+        return aborted
+
+    output_processor.abort_requests = abort_requests
+
+
+def _hand_over(output_processor: Any, request_id: str, tokens: Sequence[int], weights: str | None) -> None:
+    state = output_processor.request_states.get(request_id)
+    if state is None or state.detokenizer is None:
+        return
+    if missing := tokens[state.detokenizer.num_output_tokens() :]:
+        if weights is not None:
+            state.track_weight_version(weights)
+        # What is under way to it comes too late, and is ignored.
+        output_processor.process_outputs(wire.tokens_alone(request_id, missing, None).outputs)
 
 
 def _install_factory() -> None:

@@ -78,12 +78,21 @@ FRONTEND = (
     Relied("vllm.v1.metrics.loggers:StatLoggerManager.record_sleep_state", "self, sleep, level"),
     Relied("vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter", "self, request"),
     Relied("vllm.v1.engine.output_processor:OutputProcessor.propagate_error", "self, e"),
+    # Called, and replaced in the group's own engine: vLLM passes `internal` by position.
     Relied("vllm.v1.engine.output_processor:OutputProcessor.abort_requests", "self, request_ids, internal="),
-    Relied("vllm.v1.engine.output_processor:OutputProcessor", has=("request_states",)),
+    Relied("vllm.v1.engine.output_processor:OutputProcessor.process_outputs", "self, engine_core_outputs"),
+    Relied("vllm.v1.engine.output_processor:OutputProcessor", has=("request_states", "external_req_ids")),
+    Relied(
+        "vllm.v1.engine.output_processor:RequestState.track_weight_version",
+        "self, weight_version",
+        since="0.32",
+        instead="answers do not say which weights they came from",
+    ),
+    Relied("vllm.v1.engine.detokenizer:IncrementalDetokenizer.num_output_tokens", "self"),
     Relied("vllm.v1.engine.output_processor:RequestOutputCollector.put", "self, output"),
     *fields(
         {
-            "vllm.v1.engine.output_processor:RequestState": "parent_req queue",
+            "vllm.v1.engine.output_processor:RequestState": "parent_req queue detokenizer",
             "vllm.v1.engine.parallel_sampling:ParentRequest": "child_requests",
         }
     ),

@@ -13,9 +13,6 @@ from typing import Any
 
 import msgspec
 
-BATCH = "batch-"
-"""How the ids of a batch's requests begin."""
-
 
 def continued(request: Any, tokens: Sequence[int]) -> Any:
     """The request that gives the rest of an answer: its tokens so far stand behind the prompt.
@@ -52,13 +49,12 @@ def cut_front(output: Any, count: int) -> None:
 def is_seen_at_its_end(request: Any) -> bool:
     """Whether nobody sees the answer of an EngineCoreRequest before its end, vLLM's frontend included.
 
-    So it is with what `AsyncGroup.generate` asks (`BATCH`). The frontend looks at each token where a text may end the
-    answer, or logprobs are wanted. What else asks for the end alone may still read what there is when it aborts.
+    So it is with what `AsyncGroup.generate` asks. The frontend looks at each token where a text may end the answer, or
+    logprobs are wanted. Who aborts his request sees it then: `seam.frontend` brings what there is.
     """
     params = request.sampling_params
     return (
         params is not None
-        and (request.external_req_id or request.request_id).startswith(BATCH)
         and params.output_kind.name == "FINAL_ONLY"
         and not params.stop
         and params.logprobs is None

@@ -61,6 +61,33 @@ async def test_two_hundred_answers_come_in_order_and_complete_from_all_ranks(lau
     assert dict(group.client.load) == {0: 0, 1: 0, 2: 0}
 
 
+@pytest.mark.parametrize("internal", [True, False], ids=["by vLLM's name", "by the caller's name"])
+@pytest.mark.parametrize("count", [1, 2], ids=["one answer", "two answers"])
+async def test_an_aborted_answer_has_every_token_that_came(launch: Launch, internal: bool, count: int) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    group = (await launch(StandInPlan(token_delay_s=0.005), dp=1)).group
+    asked = SamplingParams(n=count, max_tokens=1000, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+
+    async def ask() -> list[Any]:
+        return [output async for output in group.engine.generate({"prompt_token_ids": [1, 2, 3]}, asked, "mine")]
+
+    asking = asyncio.create_task(ask())
+    # No multiple of what the frontend gets at a time.
+    await poll_until_async(lambda: group.client.rank_counters[0].tokens >= 90 * count, what="tokens")
+    came = group.client.rank_counters[0].tokens
+    await group.engine.abort(next(iter(group.engine.output_processor.request_states)) if internal else "mine", internal)
+    if internal and count > 1:
+        await group.engine.abort("mine")
+    *_, last = await asking
+    answers = [list(answer.token_ids) for answer in last.outputs]
+    assert [answer.finish_reason for answer in last.outputs] == ["abort"] * count
+    assert answers == [expected_tokens([1, 2, 3], len(answer)) for answer in answers]
+    assert sum(map(len, answers)) >= came
+    assert group.client.unfinished == 0
+
+
 async def test_a_pinned_batch_stays_on_its_rank(launch: Launch) -> None:
     # Rank 0 would die of it.
     plan = StandInPlan(faults={(0, 0): Fault(when=When.REQUEST, returncode=3)})

@@ -1,4 +1,4 @@
-"""Answers of a batch: the frontend gets their tokens in larger pieces, and none is lost on the way."""
+"""Answers that are seen at their end: the frontend gets their tokens in larger pieces, and none is lost on the way."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 
 from dplaunch.requests import PIECE
 from dplaunch.seam import frontend
-from dplaunch.seam.requests import BATCH, has_tokens_alone
+from dplaunch.seam.requests import has_tokens_alone
 from dplaunch.spec import RequestPolicy
 from tests.unit.test_client import Rig, request
 
-NAME = f"{BATCH}1234-0"
+NAME = "batch-1234-0"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,7 +21,7 @@ def _vllm() -> None:
 
 
 def of_batch(name: str = NAME, **params: Any) -> Any:
-    """What a batch asks of an engine: the end alone is to be seen."""
+    """What a batch asks of an engine, and others too: the end alone is to be seen."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -116,7 +116,6 @@ def test_an_answer_that_ends_without_a_further_token_still_has_all() -> None:
     [
         pytest.param(lambda: of_batch(stop=["."]), id="a text that ends it"),
         pytest.param(lambda: of_batch(logprobs=1), id="logprobs"),
-        pytest.param(lambda: of_batch("stream-1"), id="no batch"),
         pytest.param(lambda: _streamed(), id="each output is wanted"),
     ],
 )
@@ -128,10 +127,21 @@ def test_whoever_looks_at_each_token_gets_it_as_it_comes(asked: Any) -> None:
     assert told(rig) == [[5], [6]]
 
 
-def _streamed() -> Any:
+def _streamed(name: str = NAME) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
-    return of_batch(output_kind=RequestOutputKind.DELTA)
+    return of_batch(name, output_kind=RequestOutputKind.DELTA)
+
+
+def test_what_came_of_an_answer_can_be_read_before_the_frontend_has_it() -> None:
+    rig = gathering()
+    rig.client.add(of_batch())
+    rig.client.add(_streamed("stream-1"))
+    rig.answer(0, tokens(5), tokens(15, name="stream-1"))
+    rig.answer(0, tokens(6, 7), tokens(16, name="stream-1"))
+    assert rig.client.gathered(f"{NAME}-f00d") == ([5, 6, 7], None)
+    assert rig.client.gathered("stream-1-f00d") == ((), None)
+    assert rig.client.gathered("never seen") == ((), None)
 
 
 def test_where_metrics_are_collected_each_token_is_handed_on() -> None:
