@@ -24,16 +24,16 @@ class Death:
 
 @dataclass(slots=True)
 class Kept:
-    """Tokens of an answer that the frontend gets in larger pieces.
+    """What the frontend has of an answer that it gets in larger pieces.
 
     Args:
-        room: how many make a piece.
-        tokens: those since the last that it was given.
-        weights: the version of the weights that they are of, as vLLM says it.
+        room: how many further tokens make a piece.
+        handed: how many of the answer's tokens it was given; those behind are kept.
+        weights: the version of the weights that the last ones are of, as vLLM says it.
     """
 
     room: int
-    tokens: list[int] = field(default_factory=list)
+    handed: int = 0
     weights: str | None = None
 
 

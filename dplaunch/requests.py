@@ -288,16 +288,15 @@ class Requests:
 
     def _keep(self, entry: InFlight, kept: Kept, output: Any, weights: str | None) -> bool:
         """Whether an output was kept. One that makes a piece full, or says more than tokens, gets those before it."""
-        if kept.tokens and kept.weights != weights:
+        tokens, before = entry.tokens, len(entry.tokens) - len(output.new_token_ids)
+        if kept.handed < before and kept.weights != weights:
             # The frontend notes which tokens are of which weights.
-            self._outputs.put_nowait(wire.tokens_alone(entry.request_id, kept.tokens, kept.weights))
-            kept.tokens = []
+            self._outputs.put_nowait(wire.tokens_alone(entry.request_id, tokens[kept.handed : before], kept.weights))
+            kept.handed = before
         kept.weights = weights
-        tokens = kept.tokens
-        tokens += output.new_token_ids
-        if len(tokens) < kept.room and has_tokens_alone(output):
+        if len(tokens) - kept.handed < kept.room and has_tokens_alone(output):
             return True
-        output.new_token_ids, kept.tokens, kept.room = tokens, [], PIECE
+        output.new_token_ids, kept.handed, kept.room = tokens[kept.handed :], len(tokens), PIECE
         return False
 
     def _hold(self, entry: InFlight, link: RankLink) -> bool:

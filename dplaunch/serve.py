@@ -83,7 +83,8 @@ async def _serve(spec: LaunchSpec, ui: UiOptions, listener: socket.socket) -> Ex
                 app = opening.result()
             address = group.sight.address = _address(listener)
             _announce(address, group, reporter, ui, time.monotonic() - started)
-            return await _run(app, listener, group, stop)
+            with server.environment_read_once():
+                return await _run(app, listener, group, stop)
         finally:
             await _close(group, stop)
 

@@ -173,6 +173,7 @@ CONFIG_AND_SERVER = (
         "engine_client, state, args, supported_tasks",
         until="0.28",
     ),
+    *calls("vllm.envs", {"enable_envs_cache": "", "disable_envs_cache": ""}),
     Relied("vllm.reasoning:ReasoningParserManager.import_reasoning_parser", "plugin_path"),
     Relied("vllm.tool_parsers:ToolParserManager.import_tool_parser", "plugin_path"),
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from dplaunch.seam import failures, older
@@ -34,3 +36,18 @@ def load_plugins(args: argparse.Namespace) -> None:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
     if args.reasoning_parser_plugin:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+
+
+@contextlib.contextmanager
+def environment_read_once() -> Iterator[None]:
+    """Has vLLM keep what its variables say, as its engine cores do: its metrics read one for each token of an answer.
+
+    For a process that serves and does nothing else. In a user's, a variable may be set between two launches.
+    """
+    from vllm import envs
+
+    envs.enable_envs_cache()
+    try:
+        yield
+    finally:
+        envs.disable_envs_cache()

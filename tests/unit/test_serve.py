@@ -215,6 +215,24 @@ def test_it_serves_until_ctrl_c_and_ends_well(rig: Rig) -> None:
     assert FakeGroup.made.reasons[0] == "SIGINT"
 
 
+def test_vllms_variables_are_read_once_while_it_serves_and_again_afterwards(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import envs
+
+    monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "30")
+    seen: list[float] = []
+
+    def change(address: str) -> None:
+        monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "77")
+        httpx.get(address)
+        seen.append(envs.VLLM_LOG_STATS_INTERVAL)
+
+    rig.when_served(change)
+    rig.serve()
+    assert [*seen, envs.VLLM_LOG_STATS_INTERVAL] == [30, 77]
+
+
 def test_what_is_printed_has_the_address_the_logs_and_a_line_to_try(rig: Rig) -> None:
     rig.when_served(lambda address: None)
     rig.serve()
