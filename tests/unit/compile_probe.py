@@ -37,6 +37,7 @@ class Channel:
 
 def a_config() -> bytes:
     """What all ranks share, as the launcher hands it to them."""
+    import vllm._custom_ops  # noqa: F401  (0.30's compiler passes look for vLLM's operators)
     from vllm.config import CompilationConfig, CompilationMode, VllmConfig
 
     config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.VLLM_COMPILE))
