@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dplaunch.argv import scan
+from dplaunch.collector import collected_rarely
 from dplaunch.errors import AddressError, DplaunchError, ExitCode, GroupClosedError
 from dplaunch.events import Event, Kind, Listener
 from dplaunch.group import AsyncGroup
@@ -83,7 +84,7 @@ async def _serve(spec: LaunchSpec, ui: UiOptions, listener: socket.socket) -> Ex
                 app = opening.result()
             address = group.sight.address = _address(listener)
             _announce(address, group, reporter, ui, time.monotonic() - started)
-            with server.environment_read_once():
+            with server.environment_read_once(), collected_rarely():
                 return await _run(app, listener, group, stop)
         finally:
             await _close(group, stop)
