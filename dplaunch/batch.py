@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 from dplaunch.batch_progress import BatchProgress, Progress
-from dplaunch.collector import collected_rarely
 from dplaunch.errors import DplaunchError, RequestError, UsageError
 from dplaunch.lengths import AnswerLengths
 from dplaunch.resume_keys import Keys
@@ -63,7 +62,6 @@ async def iter_batch(
     numbers = range(len(batch.prompts))
     failed: dict[int, RequestError] = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(collected_rarely())
         kept = SavedBatch(engine, batch.prompts, batch.params, batch.loras, resume=resume, key=key, weights=weights)
         saved = stack.enter_context(kept)
         there = [index for index in numbers if saved.has(index)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from dplaunch.batch import HEADROOM, run_batch, stream_one
-from dplaunch.collector import RARELY
 from dplaunch.errors import GroupDeadError, RequestError, UsageError
 from dplaunch.seam import frontend
 from dplaunch.seam.prompts import SHORT
@@ -134,17 +132,6 @@ async def test_ranks_are_kept_just_full_and_the_rest_is_handed_out_as_they_free_
     assert texts(await batch) == [f"P{n}" for n in range(40)]
     assert engine.most == full
     assert engine.started == [f"p{n}" for n in range(40)]
-
-
-async def test_pythons_collector_looks_rarely_while_a_batch_is_under_way() -> None:
-    before = gc.get_threshold()
-    engine = FakeEngine(open_gate=False)
-    batch = asyncio.create_task(run(engine, ["a"]))
-    await poll_until_async(lambda: len(engine.running) == 1)
-    assert gc.get_threshold()[0] >= RARELY
-    engine.let_go(1)
-    await batch
-    assert gc.get_threshold() == before
 
 
 async def test_a_long_answer_does_not_hold_up_the_rest() -> None:

@@ -1,4 +1,4 @@
-"""Python's collector while a batch or a server runs."""
+"""Python's collector while the command serves."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ def _own_threshold() -> Iterator[None]:
     gc.set_threshold(*before)
 
 
-def test_the_collector_looks_rarely_until_the_last_one_has_left() -> None:
+def test_the_collector_looks_rarely_and_then_as_before() -> None:
     with collected_rarely():
-        with collected_rarely():
-            assert gc.get_threshold() == (RARELY, 9, 11)
         assert gc.get_threshold() == (RARELY, 9, 11)
     assert gc.get_threshold() == (700, 9, 11)
 
@@ -38,9 +36,3 @@ def test_a_collector_that_looks_more_rarely_or_never_is_left_alone(threshold: in
     with collected_rarely():
         assert gc.get_threshold()[0] == threshold
     assert gc.get_threshold()[0] == threshold
-
-
-def test_what_somebody_sets_meanwhile_stays() -> None:
-    with collected_rarely():
-        gc.set_threshold(123)
-    assert gc.get_threshold()[0] == 123

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 
 from dplaunch import serve as serve_module
+from dplaunch.collector import RARELY
 from dplaunch.errors import AddressError, DplaunchError, ExitCode, GroupClosedError, GroupDeadError, RankFailedError
 from dplaunch.seam import server
 from dplaunch.serve import FRONTEND_LOG, serve
@@ -213,6 +215,14 @@ def test_it_serves_until_ctrl_c_and_ends_well(rig: Rig) -> None:
     assert rig.serve() is ExitCode.OK
     assert answers == ["hello"]
     assert FakeGroup.made.reasons[0] == "SIGINT"
+
+
+def test_pythons_collector_looks_rarely_while_it_serves_and_then_as_before(rig: Rig) -> None:
+    before, seen = gc.get_threshold(), []
+    rig.when_served(lambda address: seen.append((httpx.get(address).text, gc.get_threshold()[0])))
+    rig.serve()
+    assert seen == [("hello", RARELY)]
+    assert gc.get_threshold() == before
 
 
 def test_vllms_variables_are_read_once_while_it_serves_and_again_afterwards(
