@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dplaunch import device_memory
+from dplaunch.device_memory import DeviceMemory
+
 BUCKET_BYTES = 256 * 2**20
 """Bytes after which a bucket is full: large enough that a call for each costs nothing, small beside any model."""
 
@@ -36,19 +39,29 @@ class Bucket:
     """Some of a model's tensors.
 
     Args:
-        path: where a process of this host maps it.
+        path: where a process of this host maps it; "" when it is on a device alone.
         size: bytes.
         entries: what is in it.
         fd: what keeps the memory; -1 for a file on disk.
+        on_device: the same bytes on a device, for ranks that read them there.
+        handle: by what these open it.
     """
 
     path: str
     size: int
     entries: tuple[Entry, ...]
     fd: int = -1
+    on_device: DeviceMemory | None = None
+    handle: bytes = b""
+
+    @property
+    def device(self) -> str:
+        """The name of the device that it is on; "" for none."""
+        return "" if self.on_device is None else self.on_device.name
 
     def free(self) -> None:
         """Lets go of it; processes that have mapped it keep what they see. Idempotent."""
+        self.on_device = None
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -65,31 +78,39 @@ def new_memory(name: str) -> tuple[int, str]:
 
 
 def in_buckets(
-    tensors: Iterable[tuple[str, Any]], most: int = BUCKET_BYTES, folder: Path | None = None
+    tensors: Iterable[tuple[str, Any]],
+    most: int = BUCKET_BYTES,
+    folder: Path | None = None,
+    readers: Sequence[str] = (),
 ) -> Iterator[Bucket]:
     """Tensors in the order in which they come, in buckets; each bucket is freed by whoever asked for it.
 
     A tensor is written before the next one is asked for: trainers hand out memory that they use again for the next,
-    and take back what they have merged or gathered.
+    and take back what they have merged or gathered. One on a device stays there for those that read it there, and goes
+    to the host for the others.
 
     Args:
         tensors: by name; on any device. A sharded one is gathered when it comes, which is when it is whole.
         most: bytes of a bucket; a larger tensor has one of its own.
         folder: where buckets become files; None for memory.
+        readers: for each that will read them, the name of the device on which it can; "" for the host's memory.
     """
     bucket: Bucket | None = None
     entries: list[Entry] = []
-    number = 0
+    number, place = 0, ""
     try:
         for name, tensor in tensors:
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             nbytes = whole.numel() * whole.element_size()
-            if bucket is not None and bucket.size + nbytes > most:
+            its_place = device_memory.name_of(whole.device) if any(readers) else ""
+            if bucket is not None and (bucket.size + nbytes > most or its_place != place):
                 full, bucket = bucket, None
                 yield _finished(full, entries, folder)
             if bucket is None:
-                number += 1
-                bucket, entries = _new_bucket(folder, number), []
+                number, place = number + 1, its_place
+                memory = _memory_for(whole, place, max(most, nbytes), readers)
+                on_host = memory is None or any(reader != place for reader in readers)
+                bucket, entries = _new_bucket(folder, number, on_host, memory), []
             entries.append(_written(bucket, name, whole, nbytes))
         if bucket is not None:
             full, bucket = bucket, None
@@ -99,38 +120,59 @@ def in_buckets(
             bucket.free()
 
 
-def _new_bucket(folder: Path | None, number: int) -> Bucket:
+def _memory_for(tensor: Any, place: str, nbytes: int, readers: Sequence[str]) -> DeviceMemory | None:
+    """Where a bucket goes on the device of its tensors; None where nobody reads it there, or there is no room."""
+    if not place or place not in readers:
+        return None
+    try:
+        # And what lies between tensors.
+        return device_memory.DeviceMemory(tensor.device, nbytes + ALIGNMENT)
+    except RuntimeError:
+        return None
+
+
+def _new_bucket(folder: Path | None, number: int, on_host: bool, memory: DeviceMemory | None) -> Bucket:
+    if not on_host:
+        return Bucket("", 0, (), on_device=memory)
     if folder is None:
         fd, path = new_memory(MEMORY_NAME)
     else:
         path = str(folder / f"{number}.bucket")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    return Bucket(path, 0, (), fd)
+    return Bucket(path, 0, (), fd, memory)
 
 
 def _written(bucket: Bucket, name: str, tensor: Any, nbytes: int) -> Entry:
-    """Puts a tensor behind the others.
-
-    By write(2), which fills new pages in half the time of a mapping, and says so where a disk is full.
-    """
-    import torch
-
+    """Puts a tensor behind the others."""
     start = -(-bucket.size // ALIGNMENT) * ALIGNMENT
     if nbytes:
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
-        left = memoryview(flat.numpy())
-        while left:
-            # One call writes 2 GiB at most.
-            left = left[os.pwrite(bucket.fd, left, start + nbytes - len(left)) :]
+        if bucket.on_device is not None:
+            bucket.on_device.write(start, tensor)
+        if bucket.fd >= 0:
+            _write(bucket.fd, start, tensor, nbytes)
     bucket.size = start + nbytes
     return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, nbytes
+
+
+def _write(fd: int, start: int, tensor: Any, nbytes: int) -> None:
+    """By write(2), which fills new pages in half the time of a mapping, and says so where a disk is full."""
+    import torch
+
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
+    left = memoryview(flat.numpy())
+    while left:
+        # One call writes 2 GiB at most.
+        left = left[os.pwrite(fd, left, start + nbytes - len(left)) :]
 
 
 def _finished(bucket: Bucket, entries: Sequence[Entry], folder: Path | None) -> Bucket:
     bucket.entries = tuple(entries)
     try:
-        # Not shorter than its entries say, where the last one is empty; and nothing can be mapped of no bytes.
-        os.ftruncate(bucket.fd, max(1, bucket.size))
+        if bucket.on_device is not None:
+            bucket.handle = bucket.on_device.handle()
+        if bucket.fd >= 0:
+            # Not shorter than its entries say, where the last one is empty; and nothing can be mapped of no bytes.
+            os.ftruncate(bucket.fd, max(1, bucket.size))
     except BaseException:
         bucket.free()
         raise

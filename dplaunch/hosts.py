@@ -8,14 +8,17 @@ backend but tried, with a `Landmark`: containers of one machine may be apart, an
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dplaunch import device_memory
 from dplaunch.bucket import Bucket, Landmark
 from dplaunch.rank import Rank
 from dplaunch.seam import weights as seam
+from dplaunch.threads import in_thread
 
 Failures = dict[Rank, Exception]
 """Ranks that did not do as they were told, and why."""
@@ -42,10 +45,12 @@ class Hosts:
     Args:
         near: those on the launcher's host.
         far: those of each other host.
+        devices: for those that read this process's memory on their device, its name.
     """
 
     near: list[Rank]
     far: list[list[Rank]]
+    devices: dict[Rank, str] = field(default_factory=dict)
 
     @classmethod
     async def find(cls, ask_all: AskAll, ranks: Sequence[Rank], landmark: Landmark, deadline: float | None) -> Hosts:
@@ -59,21 +64,48 @@ class Hosts:
             seen, _ = await ask_all(others, seam.SEES, *marks[first], deadline=deadline) if marks else ({}, {})
             far.append([first, *(rank for rank in others if seen.get(rank))])
             rest = [rank for rank in others if not seen.get(rank)]
-        return cls(near, far)
+        return cls(near, far, await _on_our_devices(ask_all, ranks, deadline))
+
+    def readers(self, ranks: Sequence[Rank]) -> list[str]:
+        """On which device each of the ranks reads a bucket; "" for none."""
+        return [self.devices.get(rank, "") for rank in ranks]
 
     async def load(self, ask_all: AskAll, ranks: Sequence[Rank], bucket: Bucket, deadline: float | None) -> Failures:
         """Has ranks load a bucket; those that did not."""
-        here = [rank for rank in self.near if rank in ranks]
-        groups = [left for host in self.far if (left := [rank for rank in host if rank in ranks])]
+        beside = [rank for rank in ranks if bucket.handle and self.devices.get(rank) == bucket.device]
+        others = [rank for rank in ranks if rank not in beside]
+        here = [rank for rank in self.near if rank in others]
+        groups = [left for host in self.far if (left := [rank for rank in host if rank in others])]
         data = await asyncio.to_thread(bucket.read) if groups else b""
-        loaded, far = await asyncio.gather(
+        loaded, there, far = await asyncio.gather(
             ask_all(here, seam.LOAD, bucket.path, bucket.entries, deadline=deadline),
+            ask_all(beside, seam.LOAD, "", bucket.entries, bucket.handle, deadline=deadline),
             asyncio.gather(*(_load_far(ask_all, group, bucket, data, deadline) for group in groups)),
         )
-        failed: Failures = dict(loaded[1])
+        failed: Failures = loaded[1] | there[1]
         for each in far:
             failed |= each
         return failed
+
+
+async def _on_our_devices(ask_all: AskAll, ranks: Sequence[Rank], deadline: float | None) -> dict[Rank, str]:
+    """Which ranks are on a device on which this process has memory, and see it."""
+    ours = device_memory.own_devices()
+    if not ours:
+        return {}
+    names, _ = await ask_all(ranks, seam.DEVICE, deadline=deadline)
+    found: dict[Rank, str] = {}
+    for name, device in ours.items():
+        there = [rank for rank in ranks if names.get(rank) == name]
+        if not there:
+            continue
+        try:
+            mark = await in_thread(functools.partial(device_memory.DeviceMark, device), "weights")
+        except RuntimeError:
+            continue  # There is no room, or its allocator shares nothing: by the host's memory then.
+        seen, _ = await ask_all(there, seam.SEES_DEVICE, mark.handle, mark.secret, deadline=deadline)
+        found |= {rank: name for rank in there if seen.get(rank)}
+    return found
 
 
 async def _load_far(

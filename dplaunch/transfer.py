@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ class Posted(_Parts):
             return "a trainer sent them, and they were not kept"
         return "" if self._complete else "its copy is not complete"
 
-    async def buckets(self) -> AsyncIterator[Bucket]:
+    async def buckets(self, readers: Sequence[str] = ()) -> AsyncIterator[Bucket]:
         if self._complete:
             for bucket in self._kept:
                 yield Bucket(bucket.path, bucket.size, bucket.entries)
@@ -135,7 +135,7 @@ class Relayed(_Parts):
         while (part := await self._next()) is not None:
             yield part
 
-    async def buckets(self) -> AsyncIterator[Bucket]:
+    async def buckets(self, readers: Sequence[str] = ()) -> AsyncIterator[Bucket]:
         return
         yield
 

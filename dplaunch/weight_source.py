@@ -34,8 +34,12 @@ class Source(Protocol):
     def lost(self) -> str:
         """Why it cannot be had once more as it was; "" when it can, as far as anyone knows without looking."""
 
-    def buckets(self) -> AsyncIterator[Bucket]:
-        """The weights, in parts; each is freed by whoever asked for it."""
+    def buckets(self, readers: Sequence[str] = ()) -> AsyncIterator[Bucket]:
+        """The weights, in parts; each is freed by whoever asked for it.
+
+        Args:
+            readers: see `in_buckets`; whoever gives them may write all of them into the host's memory.
+        """
 
     def close(self) -> None:
         """Lets go of what is kept. Idempotent."""
@@ -63,7 +67,7 @@ class Checkpoint:
     def lost(self) -> str:
         return "" if self._look() == self._files else f"{self._path} has changed since"
 
-    async def buckets(self) -> AsyncIterator[Bucket]:
+    async def buckets(self, readers: Sequence[str] = ()) -> AsyncIterator[Bucket]:
         return
         yield
 
@@ -101,9 +105,9 @@ class Stream:
     def lost(self) -> str:
         return self._lost()
 
-    async def buckets(self, folder: Path | None = None) -> AsyncIterator[Bucket]:
+    async def buckets(self, readers: Sequence[str] = (), folder: Path | None = None) -> AsyncIterator[Bucket]:
         """One is filled while the one before is loaded: two are there at a time."""
-        rest = in_buckets(self._tensors(), self._bucket_bytes, folder)
+        rest = in_buckets(self._tensors(), self._bucket_bytes, folder, readers)
 
         def following() -> Bucket | None:
             return next(rest, None)
@@ -144,13 +148,13 @@ class Kept:
     def lost(self) -> str:
         return "" if self._complete else "its copy is not complete"
 
-    async def buckets(self) -> AsyncIterator[Bucket]:
+    async def buckets(self, readers: Sequence[str] = ()) -> AsyncIterator[Bucket]:
         if self._complete:
             for bucket in self._kept:
                 # One that whoever loads it may free.
                 yield Bucket(bucket.path, bucket.size, bucket.entries)
             return
-        async for bucket in self._source.buckets(self._folder):
+        async for bucket in self._source.buckets(folder=self._folder):
             self._kept.append(bucket)
             yield Bucket(bucket.path, bucket.size, bucket.entries)
         self._complete = True
@@ -171,7 +175,7 @@ class Initial:
     def lost(self) -> str:
         return ""
 
-    async def buckets(self) -> AsyncIterator[Bucket]:
+    async def buckets(self, readers: Sequence[str] = ()) -> AsyncIterator[Bucket]:
         return
         yield
 

@@ -97,13 +97,13 @@ class Weights:
         if isinstance(source, Relayed):
             touch()
             return await self._relay(ranks, source, deadline)
-        async with contextlib.aclosing(_told(source)) as buckets:
+        hosts = await Hosts.find(self.ask_all, ranks, self._mark(), deadline)
+        async with contextlib.aclosing(_told(source, hosts.readers(ranks))) as buckets:
             first = await anext(buckets, None)
             if first is None:
                 raise WeightsError("there are no weights in what was given", hint="Give (name, tensor) pairs.")
             bucket: Bucket | None = first
             try:
-                hosts = await Hosts.find(self.ask_all, ranks, self._mark(), deadline)
                 touch()
                 failed = (await self.ask_all(ranks, seam.BEGIN, verify, deadline=deadline))[1]
                 while bucket is not None and len(failed) < len(ranks):
@@ -228,10 +228,10 @@ class Weights:
             ended.cancel()
 
 
-async def _told(source: Source) -> Any:
+async def _told(source: Source, readers: Sequence[str]) -> Any:
     """A source's buckets; what it fails with is told as an error of the weights."""
     try:
-        async with contextlib.aclosing(source.buckets()) as buckets:  # type: ignore[type-var]
+        async with contextlib.aclosing(source.buckets(readers)) as buckets:  # type: ignore[type-var]
             async for bucket in buckets:
                 yield bucket
     except WeightsError:

@@ -90,7 +90,7 @@ def model(name: str, *, weights: bool = False) -> Path:
         config = CONFIGS[name]
         write_tokenizer(directory, int(config["vocab_size"]))
         if weights:
-            _write_weights(directory, config)
+            _write_weights(directory, name)
         # Last, for it says that all is there.
         (directory / "config.json").write_text(json.dumps(config, indent=2))
     return directory
@@ -118,36 +118,43 @@ def write_tokenizer(directory: Path, size: int) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def _write_weights(directory: Path, config: dict[str, Any]) -> None:
+def shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """The parameters of a dense model, by their names in a checkpoint."""
+    config = CONFIGS[name]
+    hidden, head, vocabulary = config["hidden_size"], config["head_dim"], config["vocab_size"]
+    queries, pairs = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    found: dict[str, tuple[int, ...]] = {"model.norm.weight": (hidden,)}
+    found["model.embed_tokens.weight"] = (vocabulary, hidden)
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = (vocabulary, hidden)
+    for layer in range(config["num_hidden_layers"]):
+        of_layer: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (pairs, hidden),
+            "self_attn.v_proj": (pairs, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "self_attn.q_norm": (head,),
+            "self_attn.k_norm": (head,),
+            "mlp.gate_proj": (config["intermediate_size"], hidden),
+            "mlp.up_proj": (config["intermediate_size"], hidden),
+            "mlp.down_proj": (hidden, config["intermediate_size"]),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        found |= {f"model.layers.{layer}.{each}.weight": shape for each, shape in of_layer.items()}
+    return found
+
+
+def _write_weights(directory: Path, name: str) -> None:
     import safetensors.torch
     import torch
 
-    dtype = getattr(torch, config["torch_dtype"])
+    dtype = getattr(torch, CONFIGS[name]["torch_dtype"])
     chance = torch.Generator().manual_seed(0)
 
-    def matrix(rows: int, columns: int) -> Any:
-        return (torch.randn(rows, columns, generator=chance) * DEVIATION).to(dtype)
+    def weight(shape: tuple[int, ...]) -> Any:
+        whole = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=chance) * DEVIATION
+        return whole.to(dtype)
 
-    hidden, head, vocabulary = config["hidden_size"], config["head_dim"], config["vocab_size"]
-    queries, pairs = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    tensors = {
-        "model.embed_tokens.weight": matrix(vocabulary, hidden),
-        "lm_head.weight": matrix(vocabulary, hidden),
-        "model.norm.weight": torch.ones(hidden, dtype=dtype),
-    }
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        tensors |= {
-            f"{at}.self_attn.q_proj.weight": matrix(queries, hidden),
-            f"{at}.self_attn.k_proj.weight": matrix(pairs, hidden),
-            f"{at}.self_attn.v_proj.weight": matrix(pairs, hidden),
-            f"{at}.self_attn.o_proj.weight": matrix(hidden, queries),
-            f"{at}.self_attn.q_norm.weight": torch.ones(head, dtype=dtype),
-            f"{at}.self_attn.k_norm.weight": torch.ones(head, dtype=dtype),
-            f"{at}.mlp.gate_proj.weight": matrix(config["intermediate_size"], hidden),
-            f"{at}.mlp.up_proj.weight": matrix(config["intermediate_size"], hidden),
-            f"{at}.mlp.down_proj.weight": matrix(hidden, config["intermediate_size"]),
-            f"{at}.input_layernorm.weight": torch.ones(hidden, dtype=dtype),
-            f"{at}.post_attention_layernorm.weight": torch.ones(hidden, dtype=dtype),
-        }
+    tensors = {each: weight(shape) for each, shape in shapes(name).items()}
     safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

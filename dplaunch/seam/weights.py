@@ -1,10 +1,10 @@
 """Weights inside a rank: how they come into vLLM's workers, and what they amount to.
 
 Tensors go through vLLM's own weight-transfer session (`Worker.start_weight_update`, `update_weights`,
-`finish_weight_update`) with an engine of ours that maps buckets of shared memory; a checkpoint goes through
-`Worker.reload_weights`. Both load layer by layer into the tensors that are there, so that captured graphs and the KV
-cache stay. Source: vllm/v1/worker/gpu_worker.py and vllm/model_executor/model_loader/reload, checked with 0.26 to
-0.33; the CPU worker inherits all of it, with two gaps that are closed here:
+`finish_weight_update`) with an engine of ours that maps buckets of shared memory, the host's or its own device's; a
+checkpoint goes through `Worker.reload_weights`. Both load layer by layer into the tensors that are there, so that
+captured graphs and the KV cache stay. Source: vllm/v1/worker/gpu_worker.py and vllm/model_executor/model_loader/reload,
+checked with 0.26 to 0.33; the CPU worker inherits all of it, with two gaps that are closed here:
 
 * A tied output layer keeps the packed copy of the embedding that it made at the start, and so answers with old weights
   (`dispatch_cpu_unquantized_gemm`): see `_pack_again`.
@@ -13,24 +13,16 @@ cache stay. Source: vllm/v1/worker/gpu_worker.py and vllm/model_executor/model_l
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from dplaunch import bucket
+from dplaunch import bucket, device_memory
 from dplaunch.seam import older
-
-ENGINE = "dplaunch"
-"""The name of our weight-transfer engine in vLLM's factory."""
+from dplaunch.seam.bucket_engine import engine_class, make_engine
 
 _KEPT = "_dplaunch_own_transfer_engine"
 """Where a worker keeps its user's transfer engine while ours is in its place."""
-
-SHOWN_NAMES = 3
-"""Names that an error lists; a model has hundreds."""
 
 SEES = "dplaunch_sees"
 LANDMARK = "dplaunch_landmark"
@@ -40,6 +32,8 @@ LOAD = "dplaunch_load_bucket"
 END = "dplaunch_end_weights"
 RELOAD = "dplaunch_reload_weights"
 CHECKSUM = "dplaunch_weight_checksum"
+DEVICE = "dplaunch_device"
+SEES_DEVICE = "dplaunch_sees_device"
 
 OF_WORKERS = "collective_rpc"
 """vLLM's own utility method: a method of every worker, a timeout, its arguments, and those with names."""
@@ -68,6 +62,16 @@ class RankWeights:
         """What another rank sees if it is on this rank's host: a path, and a secret."""
         return self._depot().landmark()
 
+    def dplaunch_device(self) -> str:
+        """The device that all this rank's weights are on, by its UUID; "" where that is not one CUDA device."""
+        names: list[str] = self._on_workers(device)
+        return names[0] if len(names) == 1 else ""
+
+    def dplaunch_sees_device(self, handle: bytes, secret: bytes) -> bool:
+        """Whether this rank reads a trainer's memory on its device."""
+        seen: list[bool] = self._on_workers(sees_device, handle, secret)
+        return all(seen)
+
     def dplaunch_begin_weights(self, verify: bool = True) -> None:
         """New weights follow, in buckets; `verify` says whether a checksum of them will be asked for."""
         self._loaded = ""
@@ -78,14 +82,15 @@ class RankWeights:
         """Keeps a bucket, on another host than the launcher's, for the ranks that are there; the path to map."""
         return self._depot().take(data)
 
-    def dplaunch_load_bucket(self, path: str, entries: Sequence[Any]) -> None:
+    def dplaunch_load_bucket(self, path: str, entries: Sequence[Any], handle: bytes = b"") -> None:
         """Loads one bucket.
 
         Args:
             path: where it is mapped from: the memory of the launcher, or of a rank that took it.
             entries: what is in it.
+            handle: in place of the path, memory on this rank's device.
         """
-        self._on_workers(load, path, entries)
+        self._on_workers(load, path, entries, handle)
         if self._digests:
             self._loaded = bucket.digest(self._loaded, path, entries)
 
@@ -110,8 +115,9 @@ class RankWeights:
         kind: str = self.vllm_config.device_config.device_type  # type: ignore[attr-defined]
         return kind == "cpu"
 
-    def _on_workers(self, work: Any, *args: Any) -> None:
-        self.collective_rpc(work, args=args)  # type: ignore[attr-defined]
+    def _on_workers(self, work: Any, *args: Any) -> list[Any]:
+        answers: list[Any] = self.collective_rpc(work, args=args)  # type: ignore[attr-defined]
+        return answers
 
 
 def combined(parts: Sequence[Mapping[str, str]], loaded: str = "") -> str:
@@ -134,19 +140,29 @@ def begin(worker: Any) -> None:
     """Opens a weight-transfer session with our engine, whatever engine the user has."""
     worker = getattr(worker, "worker", worker)
     own = worker.weight_transfer_engine
-    if not isinstance(own, _engine_class()):
+    if not isinstance(own, engine_class()):
         setattr(worker, _KEPT, own)
-        worker.weight_transfer_engine = _make_engine(worker)
+        worker.weight_transfer_engine = make_engine(worker)
     worker.weight_transfer_engine.loaded.clear()
     with older.config_of(worker):
         worker.start_weight_update()
 
 
-def load(worker: Any, path: str, entries: Sequence[Any]) -> None:
+def load(worker: Any, path: str, entries: Sequence[Any], handle: bytes) -> None:
     """Loads a bucket into the session that is open."""
     worker = getattr(worker, "worker", worker)
     with older.config_of(worker):
-        worker.update_weights({"path": path, "entries": entries})
+        worker.update_weights({"path": path, "entries": entries, "handle": handle})
+
+
+def device(worker: Any) -> str:
+    """The name of the worker's device."""
+    return device_memory.name_of(getattr(worker, "worker", worker).device)
+
+
+def sees_device(worker: Any, handle: bytes, secret: bytes) -> bool:
+    """Whether the worker reads what a trainer wrote on its device."""
+    return device_memory.sees(handle, secret, getattr(worker, "worker", worker).device.index)
 
 
 def end(worker: Any) -> None:
@@ -196,79 +212,3 @@ def _forget_encoded(worker: Any) -> None:
     # What a reload from disk does itself: images that were encoded with the old weights.
     worker.model_runner.reset_encoder_cache()
     worker.model_runner.reset_mm_cache()
-
-
-def _make_engine(worker: Any) -> Any:
-    from vllm.config.weight_transfer import WeightTransferConfig
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-
-    with contextlib.suppress(ValueError):  # It is there already.
-        WeightTransferEngineFactory.register_engine(ENGINE, _engine_class())
-    return WeightTransferEngineFactory.create_engine(
-        WeightTransferConfig(backend=ENGINE), worker.vllm_config, worker.device, worker.model_runner.get_model()
-    )
-
-
-@dataclass
-class BucketInfo:
-    """What our engine is told of one bucket."""
-
-    path: str
-    entries: Sequence[Any]
-
-
-@functools.cache
-def _engine_class() -> type[Any]:
-    import torch
-    from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    class BucketEngine(WeightTransferEngine):  # type: ignore[misc]
-        """Loads weights in checkpoint format from buckets that are mapped."""
-
-        init_info_cls = WeightTransferInitInfo
-        update_info_cls = BucketInfo
-
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.loaded: set[str] = set()
-
-        def init_transfer_engine(self, init_info: Any) -> None:
-            """Nothing: there is nobody to meet."""
-
-        def start_weight_update(self) -> None:
-            initialize_layerwise_reload(self.model)
-
-        def update_weights(self, update_info: dict[str, Any]) -> None:
-            """As the base class, but it does not ask for an accelerator where there is none."""
-            self.receive_weights(self.parse_update_info(update_info))
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-
-        def receive_weights(self, update_info: BucketInfo) -> None:
-            # A layer that goes on in the next bucket keeps its tensors, and with them this bucket's memory.
-            with older.without_mtp_check():
-                weights = bucket.tensors_in(update_info.path, update_info.entries)
-                self.loaded |= self.model.load_weights(weights) or set()
-
-        def finish_weight_update(self) -> None:
-            finalize_layerwise_reload(self.model, self.model_config)
-
-        def check_complete(self) -> None:
-            """Refuses what vLLM's own first load refuses, a checkpoint without some of the parameters."""
-            if self.model_config.quantization is not None or not self.loaded:
-                return  # Their names are not those of the checkpoint, or the model does not say what it took.
-            wanted = {name.replace(".base_layer.", ".") for name, _ in self.model.named_parameters()}
-            if missing := sorted(wanted - self.loaded):
-                names = ", ".join(missing[:SHOWN_NAMES])
-                raise ValueError(f"{len(missing)} of {len(wanted)} parameters were not in the weights: {names}")
-
-        def shutdown(self) -> None:
-            """Nothing is held."""
-
-        @staticmethod
-        def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-            """The other end, which vLLM before 0.28 wants to have here too; ours is the launcher."""
-            raise NotImplementedError("weights come from the launcher: group.update_weights")
-
-    return BucketEngine

@@ -78,6 +78,8 @@ class StandInPlan:
         load_s: seconds that the engines take to load a bucket or a checkpoint.
         can_sleep: whether the engines were started so that they can be put to sleep.
         hosts: the number of the host that each rank pretends to be on, and 0 for the others; 0 is the launcher's.
+        devices: the name of the device that each rank pretends to be on; see `dplaunch.testing.devices`.
+        blind: the ranks that see no other process's memory there.
     """
 
     faults: Mapping[tuple[int, int], Fault] = field(default_factory=dict)
@@ -91,6 +93,8 @@ class StandInPlan:
     load_s: float = 0.0
     can_sleep: bool = True
     hosts: Mapping[int, int] = field(default_factory=dict)
+    devices: Mapping[int, str] = field(default_factory=dict)
+    blind: tuple[int, ...] = ()
 
     def fault_of(self, rank: int, incarnation: int) -> Fault:
         """What goes wrong in this incarnation of this rank."""
@@ -100,3 +104,4 @@ class StandInPlan:
         # A copy, so that it does not change with the caller's; a plain dict, since it travels by pickle.
         object.__setattr__(self, "faults", dict(self.faults))
         object.__setattr__(self, "hosts", dict(self.hosts))
+        object.__setattr__(self, "devices", dict(self.devices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dplaunch import bucket
@@ -45,6 +46,7 @@ class Utilities:
         self._weight_version = "default"
         self.weights = StandInWeights(plan.copies_weights)
         self._depot = bucket.Depot()
+        self._on_device = 0
         self._asleep: set[str] = set()
         self._paused = False
 
@@ -169,9 +171,20 @@ class Utilities:
     def dplaunch_take_bucket(self, data: bytes) -> str:
         return self._depot.take(data)
 
-    def dplaunch_load_bucket(self, path: str, entries: list[Any]) -> None:
+    def dplaunch_load_bucket(self, path: str, entries: list[Any], handle: bytes = b"") -> None:
         self._host.sleep(self._plan.load_s)
-        self.weights.load(path, entries)
+        self._on_device += bool(handle)
+        self.weights.load(path or handle.decode(), entries)
+
+    def dplaunch_device(self) -> str:
+        return self._plan.devices.get(self._boot.rank, "")
+
+    def dplaunch_sees_device(self, handle: bytes, secret: bytes) -> bool:
+        return self._boot.rank not in self._plan.blind and Path(handle.decode()).read_bytes() == secret
+
+    def buckets_on_device(self) -> int:
+        """How many this rank has read on its device."""
+        return self._on_device
 
     def dplaunch_end_weights(self) -> None:
         self._depot.clear()

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from dplaunch import device_memory
 from dplaunch.bucket import digest_of_files
 from dplaunch.errors import RequestError, StandstillError, UsageError, WeightsError
 from dplaunch.group import AsyncGroup
 from dplaunch.spec import RestartPolicy
 from dplaunch.testing import Fault, StandInPlan, When, expected_tokens, poll_until_async
+from dplaunch.testing.devices import OnDevice, PretendedMemory
 from dplaunch.testing.weights import checksum_of
 from tests.contract.conftest import Launch
 from tests.contract.groups import Watched
@@ -106,6 +108,75 @@ async def test_ranks_on_other_hosts_get_each_bucket_once_per_host(launch: Launch
     taken = await group.call("taken_buckets")
     assert taken[1] == taken[2] > 2
     assert [taken[rank] for rank in (0, 3, 4)] == [0, 0, 0]
+
+
+@pytest.fixture
+def pretended_device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a device on which this process has memory."""
+    monkeypatch.setattr(device_memory, "own_devices", lambda: {"GPU-a": "GPU-a"})
+    monkeypatch.setattr(device_memory, "DeviceMemory", PretendedMemory)
+    monkeypatch.setattr(device_memory, "name_of", lambda device: device if isinstance(device, str) else "")
+    return "GPU-a"
+
+
+@pytest.mark.usefixtures("small_buckets")
+async def test_a_rank_on_the_device_of_the_weights_reads_them_there_and_the_others_from_the_host(
+    launch: Launch, pretended_device: str
+) -> None:
+    # Rank 2 does not see what it should: it is in another container, say.
+    plan = StandInPlan(devices={0: pretended_device, 1: "GPU-b", 2: pretended_device}, blind=(2,))
+    group = (await launch(plan, dp=4)).group
+    weights = tensors(1)
+    await group.update_weights([(name, OnDevice(tensor, pretended_device)) for name, tensor in weights.items()])
+    await answers_with(group, checksum_of(weights.items()))
+    first, *others = await group.call("buckets_on_device")
+    assert first > 2
+    assert others == [0, 0, 0]
+
+
+@pytest.mark.usefixtures("small_buckets")
+async def test_weights_leave_the_device_where_they_are_from_the_host_or_kept_there(
+    launch: Launch, pretended_device: str
+) -> None:
+    group = (await launch(StandInPlan(devices={0: pretended_device}), dp=1)).group
+    weights = tensors(1)
+    await group.update_weights(weights)
+    await answers_with(group, checksum_of(weights.items()))
+    there = [(name, OnDevice(tensor, pretended_device)) for name, tensor in tensors(2).items()]
+    await group.update_weights(iter(there), keep="memory")
+    await answers_with(group, checksum_of(tensors(2).items()))
+    assert await group.call("buckets_on_device") == [0]
+
+
+@pytest.mark.usefixtures("small_buckets")
+async def test_where_a_device_has_no_room_its_ranks_get_weights_from_the_host(
+    launch: Launch, pretended_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = (await launch(StandInPlan(devices={0: pretended_device}), dp=1)).group
+
+    def no_room(device: str, nbytes: int) -> PretendedMemory:
+        if nbytes > device_memory.SECRET_BYTES:
+            raise RuntimeError("out of memory")
+        return PretendedMemory(device, nbytes)
+
+    monkeypatch.setattr(device_memory, "DeviceMemory", no_room)
+    weights = tensors(1)
+    await group.update_weights([(name, OnDevice(tensor, pretended_device)) for name, tensor in weights.items()])
+    await answers_with(group, checksum_of(weights.items()))
+    assert await group.call("buckets_on_device") == [0]
+
+
+@pytest.mark.usefixtures("small_buckets")
+async def test_a_rank_that_comes_back_reads_weights_on_its_device_again(launch: Launch, pretended_device: str) -> None:
+    watched = await launch(StandInPlan(devices={0: pretended_device}), dp=1)
+    group, weights = watched.group, tensors(1)
+    there = [(name, OnDevice(tensor, pretended_device)) for name, tensor in weights.items()]
+    await group.update_weights(there)
+    kill(watched, 0)
+    await until(watched, 0, "ready")
+    await answers_with(group, checksum_of(weights.items()))
+    (again,) = await group.call("buckets_on_device")
+    assert again > 2
 
 
 async def test_when_the_rank_that_takes_buckets_for_its_host_dies_the_others_have_the_weights(launch: Launch) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 
 import dplaunch
 from benchmarks.gpu import devices, looks
+from dplaunch import bucket, device_memory
+from tests.gpu.launchers import SMALL
 
 FREED = 2**30
 """Bytes at least: the ranks of the tests hold dozens of GiB of KV cache each."""
@@ -27,6 +31,46 @@ def test_weights_from_a_module_on_a_device_are_in_all_ranks_and_the_same_as_from
     module.save_pretrained(work / "saved")
     group.update_weights(work / "saved", "disk")
     assert group.weight_checksums() == sums
+
+
+@pytest.fixture
+def handed() -> Iterator[Mock]:
+    """Called for each piece of a device's memory that is handed to ranks."""
+    memory = device_memory.DeviceMemory
+    with patch.object(memory, "handle", autospec=True, side_effect=memory.handle) as handed:
+        yield handed
+
+
+def test_the_rank_on_the_trainers_device_reads_weights_there_and_all_have_the_same(
+    group: dplaunch.Group, module: Any, handed: Mock
+) -> None:
+    looks.shift(module, 3)
+    done = group.update_weights(module, "there")
+    assert list(done.ranks) == group.ranks_up
+    # The first one is the mark by which it was found out that the rank sees that device.
+    assert handed.call_count > 1
+    assert {devices.plain(call.args[0].name) for call in handed.mock_calls} == {devices.plain(devices.uuids()[0])}
+    sums, answered = group.weight_checksums(), looks.answers(group, 0, 2)
+    assert set(sums.values()) == {done.checksum}
+    handed.reset_mock()
+    with patch.object(device_memory, "own_devices", dict):
+        group.update_weights(module, "by the host")
+    assert group.weight_checksums() == sums
+    assert looks.answers(group, 0, 2) == answered
+    assert handed.call_count == 0
+
+
+def test_beside_one_rank_on_its_device_a_trainers_weights_never_leave_it(
+    group: dplaunch.Group, module: Any, path: str, engine_args: dict[str, Any], handed: Mock
+) -> None:
+    looks.shift(module, 4)
+    wanted = group.update_weights(module, "both").checksum
+    with dplaunch.launch(path, dp=1, devices=[[0]], progress=False, **engine_args | SMALL) as alone:
+        handed.reset_mock()
+        with patch.object(bucket, "new_memory", wraps=bucket.new_memory) as on_host:
+            assert alone.update_weights(module, "alone").checksum == wanted
+    assert handed.call_count > 1
+    assert bucket.MEMORY_NAME not in [call.args[0] for call in on_host.mock_calls]
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -28,7 +28,9 @@ class Engine(seam.RankWeights):
     def collective_rpc(self, work: Any, args: Any) -> None:
         self.steps.append(work.__name__)
         if work is seam.load:
-            self.loaded.append({name: tensor.clone() for name, tensor in bucket.tensors_in(*args)})
+            path, entries, handle = args
+            assert not handle
+            self.loaded.append({name: tensor.clone() for name, tensor in bucket.tensors_in(path, entries)})
 
     def compute_weight_checksums(self) -> list[dict[str, str]]:
         return [{f"dp{self._rank}:pp0:pcp0:tp0:a": "d1"}]

@@ -1,0 +1,119 @@
+"""Memory of a CUDA device that a trainer and the ranks on that device both see: weights need not leave it.
+
+By CUDA IPC, as torch does it (torch/multiprocessing/reductions.py). Whether a rank can see it is not guessed from where
+it is but tried, with a `DeviceMark`: containers, and allocators that share nothing, stand between.
+"""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+SECRET_BYTES = 32
+
+_STORAGE_DEVICE = 6
+"""The place of the device's number among the arguments of torch's `rebuild_cuda_tensor`: each process has its own."""
+
+
+def name_of(device: Any) -> str:
+    """The UUID of a torch device, which is the same in every process; "" for one that is not CUDA's."""
+    import torch
+
+    return "" if device.type != "cuda" else str(torch.cuda.get_device_properties(device).uuid)
+
+
+def own_devices() -> dict[str, Any]:
+    """The devices, by name, on which this process has memory by now; no context is made on any."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    numbers = [number for number in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(number)]
+    devices = [torch.device("cuda", number) for number in numbers]
+    return {name_of(device): device for device in devices}
+
+
+class DeviceMemory:
+    """Bytes on a device, written here and read by ranks. Freed when nobody holds this object.
+
+    Args:
+        device: torch's.
+        nbytes: how many.
+
+    Raises:
+        RuntimeError: when there is not so much memory (torch's OutOfMemoryError).
+    """
+
+    def __init__(self, device: Any, nbytes: int) -> None:
+        import torch
+
+        self.name = name_of(device)
+        self._bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def write(self, start: int, tensor: Any) -> None:
+        """Copies a tensor to where it belongs, in the device's own time."""
+        import torch
+
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        self._bytes[start : start + flat.numel()].copy_(flat)
+
+    def handle(self) -> bytes:
+        """By what another process opens it, while this one holds it; all that was written is there.
+
+        Raises:
+            RuntimeError: when it cannot be shared.
+        """
+        import torch
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        torch.cuda.synchronize(self._bytes.device)
+        _, arguments = reduce_tensor(self._bytes)
+        return pickle.dumps(arguments)
+
+
+class DeviceMark:
+    """Memory on a device with a secret in it: a rank that reads it may be given weights there.
+
+    Raises:
+        RuntimeError: when the device's memory cannot be shared.
+    """
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self.secret = secrets.token_bytes(SECRET_BYTES)
+        self._memory = DeviceMemory(device, SECRET_BYTES)
+        self._memory.write(0, torch.tensor(list(self.secret), dtype=torch.uint8))
+        self.handle = self._memory.handle()
+
+
+# In a rank, on the device.
+
+
+def opened(handle: bytes, number: int) -> Any:
+    """What a handle stands for: bytes on this process's device of that number."""
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    arguments = list(pickle.loads(handle))
+    arguments[_STORAGE_DEVICE] = number
+    return rebuild_cuda_tensor(*arguments)
+
+
+def sees(handle: bytes, secret: bytes, number: int) -> bool:
+    """Whether this process reads what a `DeviceMark` on its device says."""
+    try:
+        return bytes(opened(handle, number).cpu().tolist()) == secret
+    except Exception:
+        return False  # Whatever it is that stands between: the weights go another way.
+
+
+def tensors_in(handle: bytes, number: int, entries: Iterable[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
+    """The tensors of a bucket, each a copy: its owner uses that memory again when the bucket is loaded."""
+    import torch
+
+    content = opened(handle, number)
+    for name, dtype, shape, start, nbytes in entries:
+        flat = content[start : start + nbytes].clone().view(getattr(torch, dtype))
+        yield name, flat.view(*shape) if len(shape) else flat.view(())
