@@ -19,10 +19,10 @@ _STORAGE_DEVICE = 6
 
 
 def name_of(device: Any) -> str:
-    """The UUID of a torch device, which is the same in every process; "" for one that is not CUDA's."""
+    """The UUID of a torch device, which is the same in every process; "" for one that is not CUDA's, or has none."""
     import torch
 
-    return "" if device.type != "cuda" else str(torch.cuda.get_device_properties(device).uuid)
+    return "" if device.type != "cuda" else str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
 
 
 def own_devices() -> dict[str, Any]:
@@ -32,7 +32,7 @@ def own_devices() -> dict[str, Any]:
         return {}
     numbers = [number for number in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(number)]
     devices = [torch.device("cuda", number) for number in numbers]
-    return {name_of(device): device for device in devices}
+    return {name: device for device in devices if (name := name_of(device))}
 
 
 class DeviceMemory:
