@@ -30,12 +30,16 @@ class Stream:
     Args:
         prompt: the number of its prompt.
         began: when it was sent.
+        pieces: what came, event by event. A server that cannot keep up puts several tokens into one.
+        arrivals: when each came.
+        counts: how many tokens had come by then.
     """
 
     prompt: int
     began: float
     pieces: list[str] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     ended: float = math.inf
     error: str = ""
 
@@ -49,9 +53,13 @@ class Stream:
         return self.began <= at < self.ended
 
     def gaps(self, start: float, end: float) -> list[float]:
-        """Seconds between one piece and the next, where both came in that span."""
-        within = [at for at in self.arrivals if start <= at <= end]
-        return [later - earlier for earlier, later in itertools.pairwise(within)]
+        """Seconds from each token to the next, where both came in that span; those of one event share its time."""
+        found: list[float] = []
+        events = zip(self.arrivals, self.counts, strict=True)
+        for (earlier, before), (later, after) in itertools.pairwise(events):
+            if start <= earlier and later <= end and after > before:
+                found += [(later - earlier) / (after - before)] * (after - before)
+        return found
 
     def pause(self, at: float) -> float:
         """Seconds from the last sign of life before that time to the first after it; 0 if there is none after."""
@@ -144,6 +152,7 @@ class Clients:
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
         headers = {} if rank is None else {RANK_HEADER: str(rank)}
         try:
@@ -174,6 +183,7 @@ async def _read(lines: aiohttp.StreamReader, stream: Stream) -> None:
         for choice in event["choices"]:
             stream.pieces.append(choice["text"])
             stream.arrivals.append(time.monotonic())
+            stream.counts.append(event["usage"]["completion_tokens"])
             reason = choice["finish_reason"] or reason
     if reason != "length":
         stream.error = f"the answer ended with {reason}, not at its length"

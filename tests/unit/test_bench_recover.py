@@ -18,8 +18,8 @@ from dplaunch.testing import poll_until_async
 def _stream(
     prompt: int, began: float, arrivals: Sequence[float], ended: float, text: str = "", error: str = ""
 ) -> Stream:
-    pieces = list(text.ljust(len(arrivals)))
-    return Stream(prompt, began, pieces=pieces, arrivals=list(arrivals), ended=ended, error=error)
+    pieces, counts = list(text.ljust(len(arrivals))), list(range(1, len(arrivals) + 1))
+    return Stream(prompt, began, pieces=pieces, arrivals=list(arrivals), counts=counts, ended=ended, error=error)
 
 
 def test_what_clients_saw_of_a_death_is_told_apart_by_the_kill_and_the_return() -> None:
@@ -41,6 +41,13 @@ def test_a_stream_that_never_went_on_has_no_pause_and_no_gaps() -> None:
     stream = _stream(0, 0, [1, 2], 2)
     assert stream.pause(5) == 0.0
     assert median_gap([stream], 3, 9) == 0.0
+
+
+def test_tokens_of_one_event_share_the_time_since_the_one_before() -> None:
+    stream = _stream(0, 0, [1, 2, 8, 9], 9)
+    stream.counts = [1, 2, 5, 5]  # three in the third, none in the last
+    assert stream.gaps(0, 10) == [1.0, 2.0, 2.0, 2.0]
+    assert stream.gaps(1.5, 10) == [2.0, 2.0, 2.0]
 
 
 async def test_a_streamed_answer_is_whole_or_an_error() -> None:
@@ -74,7 +81,8 @@ async def test_clients_ask_in_turn_until_the_block_ends_and_pin_what_they_are_to
 
 
 def _event(text: str, reason: str | None = None) -> bytes:
-    return b"data: " + json.dumps({"choices": [{"text": text, "finish_reason": reason}]}).encode() + b"\n\n"
+    said = {"choices": [{"text": text, "finish_reason": reason}], "usage": {"completion_tokens": 1}}
+    return b"data: " + json.dumps(said).encode() + b"\n\n"
 
 
 @contextlib.asynccontextmanager
