@@ -1,4 +1,4 @@
-# `make run` serves the built-in model on two ranks; `make test` runs every check. `make help` lists the rest.
+# `make run` serves the built-in model on two ranks; `make test` runs the checks. `make help` lists the rest.
 
 PYTHON ?= python3
 DEVICE ?= auto
@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest --reruns 1
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-gpu test-without-ray seam soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale bench-batch bench-weights compare-lm-eval clean
+.PHONY: help env run test test-long test-gpu test-without-ray seam soak lint types bench-launch bench-serve bench-memory bench-dispatch bench-recover bench-scale bench-batch bench-weights compare-lm-eval clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 24
@@ -28,8 +28,11 @@ $(STAMP): setup.cfg scripts/make_env.py
 run: env ## ranks of the built-in model on 127.0.0.1:8000 (DP=8, PORT=8080, ARGS="--max-model-len 2048")
 	@$(BIN)/dplaunch --backend mp --dp $(DP) --port $(PORT) $(ARGS)
 
-test: lint types ## lint, types and all tests (ARGS="-k zygote -x")
-	@$(PYTEST) $(ARGS)
+test: lint types ## lint, types and the tests that take less than 20 minutes on two cores (ARGS="-k zygote -x")
+	@$(PYTEST) -m "not long" $(ARGS)
+
+test-long: env ## the other tests: whole programs, several nodes, every fault of the table
+	@$(PYTEST) -m long $(ARGS)
 
 test-gpu: env ## the tests that need an NVIDIA device; without one they are skipped
 	@$(BIN)/python -m pytest tests/gpu $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,7 +13,36 @@ import pytest
 from tests.leaks import Snapshot, leaks_since
 from tests.ray_for_tests import RayForTests, ray_for_tests
 
+LONG = (
+    "chaos/test_table",
+    "multinode/test_clusters",
+    "multinode/test_many_nodes",
+    "real/test_embedded",
+    "real/test_examples",
+    "real/test_features",
+    "real/test_lm_eval",
+    "real/test_lockstep_real",
+    "real/test_notebook",
+    "real/test_parity_real",
+    "real/test_process_life",
+    "real/test_same_as_stock",
+    "real/test_scale_real",
+    "real/test_signals_and_deaths",
+    "real/test_trl",
+    "real/test_weights_real",
+)
+"""Modules that `make test` leaves to `make test-long`: together they take as long as all the others."""
+
+_HERE = Path(__file__).parent
+
 _clusters: list[RayForTests] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    modules = {_HERE / f"{name}.py" for name in LONG}
+    for item in items:
+        if item.path in modules:
+            item.add_marker(pytest.mark.long)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from dplaunch import __version__
 from scripts import make_env
+from tests.conftest import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +36,10 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     subprocess.run(command, cwd=place / "tree", check=True, capture_output=True, text=True)
     (wheel,) = (place / "tree").glob("dplaunch-*.whl")
     return zipfile.ZipFile(wheel).namelist()
+
+
+def test_the_modules_that_make_test_leaves_out_are_there() -> None:
+    assert [name for name in LONG if not (ROOT / "tests" / f"{name}.py").is_file()] == []
 
 
 def test_the_wheel_holds_every_module_of_the_tree(wheel_names: list[str]) -> None:
