@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dplaunch.seam import failures, older
+from dplaunch.seam.frontend import preserved_environ
 
 
 def import_server() -> None:
@@ -46,7 +47,9 @@ def environment_read_once() -> Iterator[None]:
     """
     from vllm import envs
 
-    envs.enable_envs_cache()
+    with preserved_environ():
+        # It asks for all of them, and one answers with a name that it draws and sets for all processes to come.
+        envs.enable_envs_cache()
     try:
         yield
     finally:
