@@ -136,7 +136,7 @@ async def _dplaunch_generate(question: dict[str, Any]) -> dict[str, float]:
 
 def _fresh(load: Load) -> list[str]:
     """The prompts of a batch, which no engine's prefix cache holds already."""
-    return [f"New: {prompt}" for prompt in prompts(load.requests if load.batch is None else load.batch)]
+    return [f"New: {prompt}" for prompt in prompts(load.in_batch)]
 
 
 _TASKS: dict[tuple[str, str], Callable[[dict[str, Any]], dict[str, float]]] = {

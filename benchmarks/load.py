@@ -27,6 +27,11 @@ class Load:
     tokens: int
     batch: int | None = None
 
+    @property
+    def in_batch(self) -> int:
+        """How many prompts a batch has."""
+        return self.requests if self.batch is None else self.batch
+
 
 FULL = Load(clients=16, requests=96, tokens=64)
 QUICK = Load(clients=8, requests=16, tokens=16)

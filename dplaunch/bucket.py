@@ -144,25 +144,26 @@ def _new_bucket(folder: Path | None, number: int, on_host: bool, memory: DeviceM
 
 def _written(bucket: Bucket, name: str, tensor: Any, nbytes: int) -> Entry:
     """Puts a tensor behind the others."""
+    import torch
+
     start = -(-bucket.size // ALIGNMENT) * ALIGNMENT
     if nbytes:
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
         if bucket.on_device is not None:
-            bucket.on_device.write(start, tensor)
+            bucket.on_device.write(start, flat)
         if bucket.fd >= 0:
-            _write(bucket.fd, start, tensor, nbytes)
+            _write(bucket.fd, start, flat)
     bucket.size = start + nbytes
     return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, nbytes
 
 
-def _write(fd: int, start: int, tensor: Any, nbytes: int) -> None:
+def _write(fd: int, start: int, flat: Any) -> None:
     """By write(2), which fills new pages in half the time of a mapping, and says so where a disk is full."""
-    import torch
-
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
-    left = memoryview(flat.numpy())
+    left = memoryview(flat.cpu().numpy())
+    end = start + len(left)
     while left:
         # One call writes 2 GiB at most.
-        left = left[os.pwrite(fd, left, start + nbytes - len(left)) :]
+        left = left[os.pwrite(fd, left, end - len(left)) :]
 
 
 def _finished(bucket: Bucket, entries: Sequence[Entry], folder: Path | None) -> Bucket:
@@ -198,7 +199,7 @@ def tensors_in(path: str, entries: Iterable[Sequence[Any]]) -> Iterator[tuple[st
             flat = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start).view(kind)
         else:
             flat = torch.empty(0, dtype=kind)
-        yield name, flat.view(*shape) if len(shape) else flat.view(())
+        yield name, flat.view(tuple(shape))
 
 
 def digest(before: str, path: str, entries: Sequence[Any]) -> str:

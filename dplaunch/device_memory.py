@@ -52,11 +52,8 @@ class DeviceMemory:
         self.name = name_of(device)
         self._bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    def write(self, start: int, tensor: Any) -> None:
-        """Copies a tensor to where it belongs, in the device's own time."""
-        import torch
-
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    def write(self, start: int, flat: Any) -> None:
+        """Copies a tensor's bytes to where they belong, in the device's own time."""
         self._bytes[start : start + flat.numel()].copy_(flat)
 
     def handle(self) -> bytes:
@@ -116,4 +113,4 @@ def tensors_in(handle: bytes, number: int, entries: Iterable[Sequence[Any]]) -> 
     content = opened(handle, number)
     for name, dtype, shape, start, nbytes in entries:
         flat = content[start : start + nbytes].clone().view(getattr(torch, dtype))
-        yield name, flat.view(*shape) if len(shape) else flat.view(())
+        yield name, flat.view(tuple(shape))

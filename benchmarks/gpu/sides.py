@@ -141,7 +141,7 @@ async def _launched(setup: Setup, notes: Notes, model: str, executor: str, dp: i
         rate = await tokens_per_second(load, lambda *request: ask_engine(group.engine, *request))
         notes.value(f"{label} engine", rate, RATE)
         began = time.monotonic()
-        outputs = await group.generate(prompts(load.batch or load.requests), final_params(load.tokens), progress=False)
+        outputs = await group.generate(prompts(load.in_batch), final_params(load.tokens), progress=False)
         generated = sum(len(output.outputs[0].token_ids) for output in outputs)
         notes.value(f"{label} generate", generated / (time.monotonic() - began), RATE)
 

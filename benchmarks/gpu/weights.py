@@ -29,12 +29,10 @@ def update(setup: Setup, notes: Notes) -> None:
     """A step: the same update in turn on both ways; afterwards the rank has the same weights by either."""
     import torch
 
-    device = "cpu" if setup.cpu else "cuda:0"
-    dtype = torch.float32 if setup.cpu else torch.bfloat16
-    name = "tiny" if setup.cpu else "large"
     own: dict[str, Any] = {} if setup.cpu else {"gpu_memory_utilization": SHARE, "enforce_eager": True}
     settings = setup.settings("large", 1, **own)
-    tensors = {each: torch.full(shape, 0.01, dtype=dtype, device=device) for each, shape in shapes(name).items()}
+    like = {"dtype": getattr(torch, settings.dtype), "device": "cpu" if setup.cpu else "cuda:0"}
+    tensors = {name: torch.empty(shape, **like) for name, shape in shapes(settings.model.name).items()}
     notes.value("weights", sum(tensor.nbytes for tensor in tensors.values()) / 2**30, "GiB")
     memory = device_memory.DeviceMemory
     counted = patch.object(memory, "handle", autospec=True, side_effect=memory.handle)
@@ -43,9 +41,11 @@ def update(setup: Setup, notes: Notes) -> None:
         sums: dict[str, str] = {}
         for number in range(ROUNDS):
             for way, seconds in took.items():
-                _change(tensors, number)
-                with _hidden(way == "through the host"):
-                    seconds.append(group.update_weights(tensors, verify=False).seconds)
+                # Others in between, so that none finds there already what it brings.
+                for which in (number + ROUNDS, number):
+                    _fill(tensors, which)
+                    with _hidden(way == "through the host"):
+                        seconds.append(group.update_weights(tensors, verify=False).seconds)
                 if number == ROUNDS - 1:
                     (sums[way],) = group.weight_checksums().values()
     for way, seconds in took.items():
@@ -55,8 +55,8 @@ def update(setup: Setup, notes: Notes) -> None:
         notes.check("buckets were handed over on the device", handed.call_count > 1, handed.call_count)
 
 
-def _change(tensors: dict[str, Any], number: int) -> None:
-    """Both ways get the same in each round, and other weights than in the one before."""
+def _fill(tensors: dict[str, Any], number: int) -> None:
+    """Makes other weights of each number."""
     for place, tensor in enumerate(tensors.values()):
         tensor.fill_(0.001 * (1 + number) * (1 + place % 7))
 
