@@ -10,13 +10,14 @@ import hashlib
 import mmap
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dplaunch import device_memory
 from dplaunch.device_memory import DeviceMemory
+from dplaunch.host_memory import Writer
 
 BUCKET_BYTES = 256 * 2**20
 """Bytes after which a bucket is full: large enough that a call for each costs nothing, small beside any model."""
@@ -61,7 +62,9 @@ class Bucket:
 
     def free(self) -> None:
         """Lets go of it; processes that have mapped it keep what they see. Idempotent."""
-        self.on_device = None
+        memory, self.on_device = self.on_device, None
+        if memory is not None:
+            memory.free()
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -98,6 +101,8 @@ def in_buckets(
     bucket: Bucket | None = None
     entries: list[Entry] = []
     number, place = 0, ""
+    writer = Writer()
+    write = writer.to_memory if folder is None else writer.to_disk
     try:
         for name, tensor in tensors:
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -111,11 +116,12 @@ def in_buckets(
                 memory = _memory_for(whole, place, max(most, nbytes), readers)
                 on_host = memory is None or any(reader != place for reader in readers)
                 bucket, entries = _new_bucket(folder, number, on_host, memory), []
-            entries.append(_written(bucket, name, whole, nbytes))
+            entries.append(_written(bucket, write, name, whole, nbytes))
         if bucket is not None:
             full, bucket = bucket, None
             yield _finished(full, entries, folder)
     finally:
+        writer.close()
         if bucket is not None:
             bucket.free()
 
@@ -142,7 +148,7 @@ def _new_bucket(folder: Path | None, number: int, on_host: bool, memory: DeviceM
     return Bucket(path, 0, (), fd, memory)
 
 
-def _written(bucket: Bucket, name: str, tensor: Any, nbytes: int) -> Entry:
+def _written(bucket: Bucket, write: Callable[[int, int, Any], None], name: str, tensor: Any, nbytes: int) -> Entry:
     """Puts a tensor behind the others."""
     import torch
 
@@ -152,18 +158,9 @@ def _written(bucket: Bucket, name: str, tensor: Any, nbytes: int) -> Entry:
         if bucket.on_device is not None:
             bucket.on_device.write(start, flat)
         if bucket.fd >= 0:
-            _write(bucket.fd, start, flat)
+            write(bucket.fd, start, flat)
     bucket.size = start + nbytes
     return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, nbytes
-
-
-def _write(fd: int, start: int, flat: Any) -> None:
-    """By write(2), which fills new pages in half the time of a mapping, and says so where a disk is full."""
-    left = memoryview(flat.cpu().numpy())
-    end = start + len(left)
-    while left:
-        # One call writes 2 GiB at most.
-        left = left[os.pwrite(fd, left, end - len(left)) :]
 
 
 def _finished(bucket: Bucket, entries: Sequence[Entry], folder: Path | None) -> Bucket:

@@ -17,6 +17,9 @@ SECRET_BYTES = 32
 _STORAGE_DEVICE = 6
 """The place of the device's number among the arguments of torch's `rebuild_cuda_tensor`: each process has its own."""
 
+_COUNTER = slice(11, 13)
+"""That of the counter by which torch knows, from the process that opened memory, that it has let go of it."""
+
 
 def name_of(device: Any) -> str:
     """The UUID of a torch device, which is the same in every process; "" for one that is not CUDA's, or has none."""
@@ -36,7 +39,7 @@ def own_devices() -> dict[str, Any]:
 
 
 class DeviceMemory:
-    """Bytes on a device, written here and read by ranks. Freed when nobody holds this object.
+    """Bytes on a device, written here and read by ranks, until `free`.
 
     Args:
         device: torch's.
@@ -50,7 +53,8 @@ class DeviceMemory:
         import torch
 
         self.name = name_of(device)
-        self._bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._bytes: Any = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._counter: tuple[Any, ...] = ()
 
     def write(self, start: int, flat: Any) -> None:
         """Copies a tensor's bytes to where they belong, in the device's own time."""
@@ -67,7 +71,20 @@ class DeviceMemory:
 
         torch.cuda.synchronize(self._bytes.device)
         _, arguments = reduce_tensor(self._bytes)
+        self._counter = arguments[_COUNTER]
         return pickle.dumps(arguments)
+
+    def free(self) -> None:
+        """Gives them back. Idempotent.
+
+        torch would keep what it has a handle of until a process that opened it lets go of it: for as long as this one
+        lives when nobody ever has, or has died meanwhile.
+        """
+        import torch
+
+        counter, self._counter, self._bytes = self._counter, (), None
+        if counter:
+            torch.UntypedStorage._release_ipc_counter_cuda(*counter)
 
 
 class DeviceMark:
@@ -84,6 +101,10 @@ class DeviceMark:
         self._memory = DeviceMemory(device, SECRET_BYTES)
         self._memory.write(0, torch.tensor(list(self.secret), dtype=torch.uint8))
         self.handle = self._memory.handle()
+
+    def free(self) -> None:
+        """Everybody has looked. Idempotent."""
+        self._memory.free()
 
 
 # In a rank, on the device.

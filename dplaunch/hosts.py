@@ -103,7 +103,10 @@ async def _on_our_devices(ask_all: AskAll, ranks: Sequence[Rank], deadline: floa
             mark = await in_thread(functools.partial(device_memory.DeviceMark, device), "weights")
         except RuntimeError:
             continue  # There is no room, or its allocator shares nothing: by the host's memory then.
-        seen, _ = await ask_all(there, seam.SEES_DEVICE, mark.handle, mark.secret, deadline=deadline)
+        try:
+            seen, _ = await ask_all(there, seam.SEES_DEVICE, mark.handle, mark.secret, deadline=deadline)
+        finally:
+            mark.free()
         found |= {rank: name for rank in there if seen.get(rank)}
     return found
 

@@ -1,12 +1,15 @@
 """New weights from a trainer beside its rank: on the device, and by the host (`python -m benchmarks.gpu.weights`).
 
-One rank of the 8B model; the trainer's tensors are on the rank's device, as many bytes again.
+One rank of the 8B model; the trainer's tensors are on the rank's device, as many bytes again. What is written to the
+host is also measured without a rank, by all threads and by one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +20,7 @@ from benchmarks.gpu.models import shapes
 from benchmarks.gpu.notes import Notes
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.steps import Script, Step
-from dplaunch import device_memory
+from dplaunch import bucket, device_memory, host_memory
 
 ROUNDS = 3
 
@@ -34,25 +37,57 @@ def update(setup: Setup, notes: Notes) -> None:
     like = {"dtype": getattr(torch, settings.dtype), "device": "cpu" if setup.cpu else "cuda:0"}
     tensors = {name: torch.empty(shape, **like) for name, shape in shapes(settings.model.name).items()}
     notes.value("weights", sum(tensor.nbytes for tensor in tensors.values()) / 2**30, "GiB")
-    memory = device_memory.DeviceMemory
-    counted = patch.object(memory, "handle", autospec=True, side_effect=memory.handle)
-    with counted as handed, dplaunch.launch(str(settings.model), dp=1, **settings.engine_args) as group:
+    for threads in (1, host_memory.MOST_THREADS):
+        notes.value(f"written to the host by {threads}", _written(tensors, threads))
+    taken = set()
+    with _counted() as handed, dplaunch.launch(str(settings.model), dp=1, **settings.engine_args) as group:
         took: dict[str, list[float]] = {"on the device": [], "through the host": []}
         sums: dict[str, str] = {}
         for number in range(ROUNDS):
             for way, seconds in took.items():
                 # Others in between, so that none finds there already what it brings.
-                for which in (number + ROUNDS, number):
-                    _fill(tensors, which)
-                    with _hidden(way == "through the host"):
-                        seconds.append(group.update_weights(tensors, verify=False).seconds)
+                _fill(tensors, number + ROUNDS)
+                group.update_weights(tensors, verify=False)
+                _fill(tensors, number)
+                before = len(handed)
+                with _hidden(way == "through the host"):
+                    seconds.append(group.update_weights(tensors, verify=False).seconds)
+                notes.value(f"{way}, {number}", seconds[-1])
+                if not setup.cpu:
+                    there = len(handed) > before
+                    notes.check("by the way that was meant", there == (way == "on the device"), len(handed) - before)
+                    taken.add(torch.cuda.memory_allocated())
                 if number == ROUNDS - 1:
                     (sums[way],) = group.weight_checksums().values()
     for way, seconds in took.items():
-        notes.value(f"update {way}", statistics.median(seconds), "s")
+        notes.value(f"update {way}", statistics.median(seconds))
     notes.check("both ways give the same weights", len(set(sums.values())) == 1, sorted(sums.values()))
     if not setup.cpu:
-        notes.check("buckets were handed over on the device", handed.call_count > 1, handed.call_count)
+        notes.check("each update gives back what it took of the device", len(taken) == 1, sorted(taken))
+
+
+def _written(tensors: dict[str, Any], threads: int) -> float:
+    """Seconds for what is done with weights before a rank is asked to load them from the host."""
+    began = time.monotonic()
+    with patch.object(host_memory, "MOST_THREADS", threads):
+        for each in bucket.in_buckets(tensors.items()):
+            each.free()
+    return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[list[int]]:
+    """Gets the size of each piece of a device's memory that is handed to a rank; it is not held."""
+    memory, sizes = device_memory.DeviceMemory, list[int]()
+    handle = memory.handle
+
+    def counted(self: device_memory.DeviceMemory) -> bytes:
+        given = handle(self)
+        sizes.append(len(given))
+        return given
+
+    with patch.object(memory, "handle", counted):
+        yield sizes
 
 
 def _fill(tensors: dict[str, Any], number: int) -> None:

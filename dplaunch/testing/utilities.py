@@ -9,6 +9,7 @@ from typing import Any
 from dplaunch import bucket
 from dplaunch.backend import RankBoot
 from dplaunch.testing import wire
+from dplaunch.testing.devices import opened
 from dplaunch.testing.faults import Fault, StandInPlan, When
 from dplaunch.testing.host import Host
 from dplaunch.testing.weights import StandInWeights
@@ -173,14 +174,21 @@ class Utilities:
 
     def dplaunch_load_bucket(self, path: str, entries: list[Any], handle: bytes = b"") -> None:
         self._host.sleep(self._plan.load_s)
-        self._on_device += bool(handle)
-        self.weights.load(path or handle.decode(), entries)
+        if not handle:
+            self.weights.load(path, entries)
+            return
+        self._on_device += 1
+        with opened(handle) as there:
+            self.weights.load(there, entries)
 
     def dplaunch_device(self) -> str:
         return self._plan.devices.get(self._boot.rank, "")
 
     def dplaunch_sees_device(self, handle: bytes, secret: bytes) -> bool:
-        return self._boot.rank not in self._plan.blind and Path(handle.decode()).read_bytes() == secret
+        if self._boot.rank in self._plan.blind:
+            return False
+        with opened(handle) as there:
+            return Path(there).read_bytes() == secret
 
     def buckets_on_device(self) -> int:
         """How many this rank has read on its device."""

@@ -6,6 +6,7 @@ A stand-in engine's answers depend on its weights, so that a rank with others wo
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,7 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(device_memory, "own_devices", lambda: {"GPU-a": "GPU-a"})
     monkeypatch.setattr(device_memory, "DeviceMemory", PretendedMemory)
     monkeypatch.setattr(device_memory, "name_of", lambda device: device if isinstance(device, str) else "")
+    monkeypatch.setattr(PretendedMemory, "lost", 0)
     return "GPU-a"
 
 
@@ -132,6 +134,23 @@ async def test_a_rank_on_the_device_of_the_weights_reads_them_there_and_the_othe
     first, *others = await group.call("buckets_on_device")
     assert first > 2
     assert others == [0, 0, 0]
+    assert PretendedMemory.lost == 0
+
+
+@pytest.mark.usefixtures("small_buckets")
+@pytest.mark.parametrize("blind", [(0,), (1,), (0, 1)])
+async def test_a_rank_that_dies_or_sees_nothing_leaves_no_memory_of_the_weights_device_taken(
+    launch: Launch, pretended_device: str, blind: tuple[int, ...]
+) -> None:
+    dies = {(1, 0): Fault(when=When.WEIGHTS, returncode=-signal.SIGKILL)}
+    plan = StandInPlan(devices=dict.fromkeys(range(2), pretended_device), faults=dies, blind=blind)
+    group, weights = (await launch(plan, dp=2)).group, tensors(1)
+    there = [(name, OnDevice(tensor, pretended_device)) for name, tensor in weights.items()]
+    assert (await group.update_weights(there)).ranks == (0,)
+    await poll_until_async(lambda: group.client.ranks == [0, 1])
+    await answers_with(group, checksum_of(weights.items()))
+    gc.collect()
+    assert PretendedMemory.lost == 0
 
 
 @pytest.mark.usefixtures("small_buckets")

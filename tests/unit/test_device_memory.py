@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dplaunch import bucket, device_memory
-from dplaunch.testing.devices import OnDevice, PretendedMemory
+from dplaunch.testing.devices import OnDevice, PretendedMemory, opened
 
 TENSORS = {
     "a": torch.arange(12.0).view(3, 4),
@@ -71,7 +71,8 @@ def test_a_bucket_is_on_one_device_and_weights_of_the_host_are_in_others() -> No
 
 def test_a_rank_gets_copies_of_what_is_there_since_the_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = made(on("GPU-a"), ["GPU-a"])
-    content = torch.frombuffer(bucket.mapped(one.handle.decode()), dtype=torch.uint8)
+    with opened(one.handle) as path:
+        content = torch.frombuffer(bucket.mapped(path), dtype=torch.uint8)
     monkeypatch.setattr(device_memory, "opened", lambda handle, number: content)
     found = dict(device_memory.tensors_in(one.handle, 0, one.entries))
     content.zero_()
@@ -84,7 +85,8 @@ def test_a_rank_gets_copies_of_what_is_there_since_the_memory_is_used_again(monk
 
 def test_memory_on_a_device_is_freed_with_its_bucket() -> None:
     (one,) = made(on("GPU-a"), ["GPU-a"])
-    path = one.handle.decode()
+    with opened(one.handle) as path:
+        pass
     one.free()
     with pytest.raises(OSError, match="No such file"):
         bucket.mapped(path)
