@@ -21,8 +21,8 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 OnError = Literal["raise", "return"]
 
-HEADROOM = 1.25
-"""How many requests a rank gets for each sequence that it can run: the next one is there when one ends."""
+HEADROOM = 1.5
+"""How many requests a rank gets for each sequence that it can run: the next ones are there when many end at once."""
 
 
 async def run_batch(engine: Any, prompts: Prompt | Sequence[Prompt], params: Any, **options: Any) -> list[Any]:
@@ -125,7 +125,7 @@ class _Batch:
     ) -> None:
         self.prompts = _as_batch(prompts)
         self.params = _one_each("params", params, len(self.prompts))
-        final = {id(each): seam_prompts.final_params(engine, each) for each in self.params}
+        final = {key: seam_prompts.final_params(engine, each) for key, each in {id(p): p for p in self.params}.items()}
         self._final = [final[id(each)] for each in self.params]
         self.loras = _one_each("lora_request", lora_request, len(self.prompts))
         self._engine = engine

@@ -300,7 +300,6 @@ class GroupClient:
         if outputs.wave_complete is not None:
             self._waves.ended(link, outputs.wave_complete)
         if outputs.outputs:
-            weights = wire.weights_of(outputs)
-            outputs.outputs = [output for output in outputs.outputs if self._requests.note(link, output, weights)]
+            outputs.outputs = self._requests.noted(link, outputs.outputs, wire.weights_of(outputs))
         if outputs.outputs or outputs.scheduler_stats:
             self.outputs.put_nowait(outputs)

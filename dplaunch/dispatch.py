@@ -12,8 +12,11 @@ from dplaunch.link import RankLink
 from dplaunch.migrate import OTHER_WEIGHTS
 from dplaunch.router import Router
 from dplaunch.seam import wire
-from dplaunch.seam.requests import continued
+from dplaunch.seam.requests import continued, most_tokens
 from dplaunch.suspects import Suspects
+
+SOON = 0.75
+"""Of the tokens that an answer may have: with so many it is about to end."""
 
 
 class Dispatcher:
@@ -66,7 +69,7 @@ class Dispatcher:
         self._suspects.forget(link)
         for entry in entries:
             entry.link = None
-            self.router.end(link.rank)
+            self._ended(entry, link.rank)
         self._notify_idle(link.rank)
 
     def give_up(self, rank: int) -> None:
@@ -111,6 +114,7 @@ class Dispatcher:
         link = entry.link = self.links[rank]
         entry.sent = next(self._order)
         self.router.begin(rank)
+        entry.soon = soon(entry.parts)
         self._suspects.sent(entry, link)
         parts = entry.parts
         if entry.second is not None and entry.second.continues:
@@ -129,11 +133,22 @@ class Dispatcher:
         if link is None:
             self.waiting.pop(entry.request_id, None)
             return
-        self.router.end(link.rank)
+        self._ended(entry, link.rank)
         if self._suspects.left(entry, link):
             self.send_waiting()
         if self._idle and not self.router.load(link.rank):
             self._notify_idle(link.rank)
+
+    def ends_soon(self, entry: InFlight) -> None:
+        """A request is about to end."""
+        entry.soon = None
+        if entry.link is not None:
+            entry.ends_soon = True
+            self.router.ends_soon(entry.link.rank)
+
+    def _ended(self, entry: InFlight, rank: int) -> None:
+        self.router.end(rank, entry.ends_soon)
+        entry.soon, entry.ends_soon = None, False
 
     def _route(self, entry: InFlight) -> int | None:
         pinned = entry.pinned
@@ -157,3 +172,9 @@ class Dispatcher:
             if waiting == rank and not waiter.done():
                 waiter.set_result(None)
         self._idle = [(waiting, waiter) for waiting, waiter in self._idle if not waiter.done()]
+
+
+def soon(parts: Sequence[Any]) -> int | None:
+    """How many tokens of its answer a request has when it is about to end; None where nobody knows."""
+    most = most_tokens(parts[0]) if len(parts) == 1 else None
+    return None if most is None else int(SOON * most)

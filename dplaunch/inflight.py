@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dplaunch.errors import RequestError
+from dplaunch.kept import Kept
 from dplaunch.link import RankLink
 from dplaunch.second_run import SecondRun
 
@@ -22,21 +23,6 @@ class Death:
         return f"rank {self.rank} (incarnation {self.incarnation}: {self.reason})"
 
 
-@dataclass(slots=True)
-class Kept:
-    """What the frontend has of an answer that it gets in larger pieces.
-
-    Args:
-        room: how many further tokens make a piece.
-        handed: how many of the answer's tokens it was given; those behind are kept.
-        weights: the version of the weights that the last ones are of, as vLLM says it.
-    """
-
-    room: int
-    handed: int = 0
-    weights: str | None = None
-
-
 @dataclass(slots=True, eq=False)
 class InFlight:
     """A request on its way.
@@ -48,6 +34,8 @@ class InFlight:
         shown: whether it has begun to be answered.
         tokens: the output tokens so far. The frontend has them, but for those that are kept.
         kept: those that it gets with others; None where it gets each at once.
+        soon: with so many tokens it is about to end; None where nobody knows, or when it is.
+        ends_soon: whether it is, on the rank that has it.
         unanswered: parts whose answer has not ended.
         second: what is left out of the answers of a rank that took it over; None on the first rank.
         deaths: the ranks that died with it in flight.
@@ -62,6 +50,8 @@ class InFlight:
     shown: bool = False
     tokens: list[int] = field(default_factory=list)
     kept: Kept | None = None
+    soon: int | None = None
+    ends_soon: bool = False
     unanswered: int = 1
     second: SecondRun | None = None
     deaths: list[Death] = field(default_factory=list)

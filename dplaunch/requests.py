@@ -11,11 +11,12 @@ from dplaunch.counters import Counters, RankCounters
 from dplaunch.dispatch import Dispatcher
 from dplaunch.errors import RequestError
 from dplaunch.events import Listener
-from dplaunch.inflight import Death, Failed, InFlight, Kept
+from dplaunch.inflight import Death, Failed, InFlight
+from dplaunch.kept import Kept
 from dplaunch.link import RankLink
 from dplaunch.migrate import EngineTraits, Move, decide
 from dplaunch.seam import wire
-from dplaunch.seam.requests import has_tokens_alone, is_seen_at_its_end
+from dplaunch.seam.requests import is_seen_at_its_end
 from dplaunch.second_run import AnsweredDifferently, SecondRun
 from dplaunch.spec import RequestPolicy
 from dplaunch.suspects import Suspects, poisoned
@@ -23,13 +24,6 @@ from dplaunch.tell import Teller
 
 ABORT_S = 30.0
 """Seconds that a rank which aborts its requests unasked has to end, and its requests to move: a long shutdown."""
-
-
-PIECE = 64
-"""Tokens of an answer that the frontend gets together, where nobody sees them before its end.
-
-More would hardly make it less work, and leave too much of it for the end, when many answers end at once.
-"""
 
 
 class Codec(Protocol):
@@ -123,8 +117,7 @@ class Requests:
         self._check_room()
         entry = InFlight([request])
         if self._gathers and is_seen_at_its_end(request):
-            # Of answers that have begun together, not all have a piece together.
-            entry.kept = Kept(PIECE - len(self._in_flight) % PIECE)
+            entry.kept = Kept.beside(len(self._in_flight))
         self._in_flight[request.request_id] = entry
         self.counters.accepted += 1
         if request.request_id in self._broken:
@@ -252,17 +245,34 @@ class Requests:
                 self.dispatch.send(entry)
         self._stirred.set()
 
-    def note(self, link: RankLink, output: Any, weights: str | None = None) -> bool:
-        """Takes note of what a rank answered; False when it is nothing for the frontend, or nothing yet.
+    def noted(self, link: RankLink, outputs: Iterable[Any], weights: str | None = None) -> list[Any]:
+        """Takes note of what a rank answered; what of it is for the frontend, and now.
 
         Args:
-            link: whose answer it is.
-            output: an EngineCoreOutput, which may be changed.
+            link: whose answers they are.
+            outputs: EngineCoreOutputs, which may be changed.
             weights: the version of the weights that answered, where vLLM says it.
         """
-        entry = self._in_flight.get(output.request_id)
-        if entry is None or entry.link is not link:
-            return False  # It was aborted a moment ago.
+        left, more = [], 0
+        for output in outputs:
+            entry = self._in_flight.get(output.request_id)
+            if entry is None or entry.link is not link:
+                continue  # It was aborted a moment ago.
+            plain = entry.shown and entry.second is None and not entry.suspicion
+            if plain and entry.kept is not None and entry.kept.takes(entry.tokens, output, weights):
+                more += len(output.new_token_ids)
+                self._look_for_end(entry)
+            elif self._note(entry, link, output, weights):
+                left.append(output)
+        self.rank_counters[link.rank].tokens += more
+        return left
+
+    def _look_for_end(self, entry: InFlight) -> None:
+        if entry.soon is not None and len(entry.tokens) >= entry.soon:
+            self.dispatch.ends_soon(entry)
+
+    def _note(self, entry: InFlight, link: RankLink, output: Any, weights: str | None) -> bool:
+        """Whether an output is for the frontend, and now."""
         if output.finish_reason is not None and str(output.finish_reason) == "abort" and self._hold(entry, link):
             return False
         if entry.second is not None and not self._is_new(entry, output):
@@ -273,9 +283,10 @@ class Requests:
         entry.tokens += tokens
         counters = self.rank_counters[link.rank]
         counters.tokens += len(tokens)
+        self._look_for_end(entry)
         if entry.suspicion and self._suspects.stepped(entry, link):
             self.dispatch.send_waiting()
-        if entry.kept is not None and self._keep(entry, entry.kept, output, weights):
+        if entry.kept is not None and entry.kept.keeps(entry.tokens, output, weights, self._outputs.put_nowait):
             return False
         # Engines list what they finished (`finished_requests`) for a coordinator only, and here is none.
         if output.finish_reason is not None:
@@ -285,19 +296,6 @@ class Requests:
                 self.counters.finished += 1
                 self._end(entry)
         return True
-
-    def _keep(self, entry: InFlight, kept: Kept, output: Any, weights: str | None) -> bool:
-        """Whether an output was kept. One that makes a piece full, or says more than tokens, gets those before it."""
-        tokens, before = entry.tokens, len(entry.tokens) - len(output.new_token_ids)
-        if kept.handed < before and kept.weights != weights:
-            # The frontend notes which tokens are of which weights.
-            self._outputs.put_nowait(wire.tokens_alone(entry.request_id, tokens[kept.handed : before], kept.weights))
-            kept.handed = before
-        kept.weights = weights
-        if len(tokens) - kept.handed < kept.room and has_tokens_alone(output):
-            return True
-        output.new_token_ids, kept.handed, kept.room = tokens[kept.handed :], len(tokens), PIECE
-        return False
 
     def _hold(self, entry: InFlight, link: RankLink) -> bool:
         """Whether to wait with the end of a request that nobody here aborted: its engine may be about to end."""

@@ -1,5 +1,8 @@
 """Which rank takes the next request: the one with the fewest in flight, and among equals the one whose turn it is.
 
+Requests that are about to end weigh nothing. Of answers of one length, begun together, those of one rank end a moment
+before the others', and it would get all that is left of the batch.
+
 A step costs the same for two ranks and for hundreds: ranks stand in queues by their load, and where a request begins
 or ends, its rank moves by one queue.
 """
@@ -14,8 +17,9 @@ class Router:
 
     def __init__(self) -> None:
         self._load: Counter[int] = Counter()
+        self._ending: Counter[int] = Counter()
         self._open: set[int] = set()
-        # Open ranks by load; the first in a queue has stood there longest. There are no empty queues.
+        # Open ranks by weight; the first in a queue has stood there longest. There are no empty queues.
         self._queues: dict[int, OrderedDict[int, None]] = {}
         self._lowest = 0
 
@@ -45,7 +49,7 @@ class Router:
             self._dequeue(rank)
 
     def choose(self) -> int | None:
-        """The open rank with the lowest load; ties go round, or one rank would get every request of a quiet group.
+        """The open rank with the least weight; ties go round, or one rank would get every request of a quiet group.
 
         Returns None where no rank is open. Counts nothing: `begin` does.
         """
@@ -53,34 +57,42 @@ class Router:
 
     def begin(self, rank: int) -> None:
         """One request more is in flight on the rank."""
-        self._change(rank, self._load[rank] + 1)
+        self._change(rank, 1, 0)
 
-    def end(self, rank: int) -> None:
-        """One request fewer is in flight on the rank."""
-        self._change(rank, self._load[rank] - 1)
+    def ends_soon(self, rank: int) -> None:
+        """One of those in flight on the rank is about to end."""
+        self._change(rank, 0, 1)
 
-    def _change(self, rank: int, load: int) -> None:
-        if rank not in self._open:
-            self._load[rank] = load
-            return
-        self._dequeue(rank)
-        self._load[rank] = load
-        self._enqueue(rank)
+    def end(self, rank: int, was_about_to: bool = False) -> None:
+        """One request fewer is in flight on the rank; whether `ends_soon` was said of it."""
+        self._change(rank, -1, -was_about_to)
+
+    def _change(self, rank: int, load: int, ending: int) -> None:
+        stands = rank in self._open and load != ending
+        if stands:
+            self._dequeue(rank)
+        self._load[rank] += load
+        self._ending[rank] += ending
+        if stands:
+            self._enqueue(rank)
+
+    def _weight(self, rank: int) -> int:
+        return self._load[rank] - self._ending[rank]
 
     def _enqueue(self, rank: int) -> None:
-        load = self._load[rank]
-        queue = self._queues.get(load)
+        weight = self._weight(rank)
+        queue = self._queues.get(weight)
         if queue is None:
-            queue = self._queues[load] = OrderedDict()
+            queue = self._queues[weight] = OrderedDict()
         queue[rank] = None
-        if load < self._lowest or len(self._open) == 1:
-            self._lowest = load
+        if weight < self._lowest or len(self._open) == 1:
+            self._lowest = weight
 
     def _dequeue(self, rank: int) -> None:
-        load = self._load[rank]
-        queue = self._queues[load]
+        weight = self._weight(rank)
+        queue = self._queues[weight]
         del queue[rank]
         if not queue:
-            del self._queues[load]
-            if load == self._lowest and self._queues:
+            del self._queues[weight]
+            if weight == self._lowest and self._queues:
                 self._lowest = min(self._queues)

@@ -14,7 +14,7 @@ RELIED = (*RANK, *COMPILED, *WEIGHTS, *WIRE, *FRONTEND, *RESIZE, *CONFIG_AND_SER
 """All of it."""
 
 PUBLIC = (
-    "vllm:PoolingParams",
+    "vllm.pooling_params:PoolingParams",
     "vllm:SamplingParams",
     "vllm.sampling_params:RequestOutputKind",
     "vllm.usage.usage_lib:UsageContext",

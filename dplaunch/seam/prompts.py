@@ -14,9 +14,20 @@ milliseconds for each prompt, however short.
 """
 
 
+_TOKENS = frozenset({"prompt_token_ids", "prompt"})
+"""The keys of a prompt that is tokenized, and of its text."""
+
+
 def is_chat(prompt: Any) -> bool:
     """Whether a prompt is a list of chat messages."""
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
+
+
+def _is_short(prompt: Any) -> bool:
+    """Whether it takes no time to speak of to make a prompt ready: a short text, or token ids and nothing else."""
+    if isinstance(prompt, str):
+        return len(prompt) <= SHORT
+    return "prompt_token_ids" in prompt and _TOKENS.issuperset(prompt)
 
 
 async def render(engine: Any, prompt: Any) -> Any:
@@ -40,7 +51,7 @@ async def render(engine: Any, prompt: Any) -> Any:
 
     renderer = engine.renderer
     parsed = parse_model_prompt(engine.model_config, prompt)
-    if isinstance(prompt, str) and len(prompt) <= SHORT:
+    if _is_short(prompt):
         return renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params)[0]
     inputs = await renderer.render_cmpl_async([parsed], renderer.default_cmpl_tok_params)
     return inputs[0]
@@ -60,7 +71,7 @@ def submit(
     Args:
         params: what `final_params` made.
     """
-    from vllm import PoolingParams
+    from vllm.pooling_params import PoolingParams
 
     if isinstance(params, PoolingParams):
         return _pool(engine, prompt, params, request_id, data_parallel_rank, lora_request)
@@ -83,7 +94,7 @@ def final_params(engine: Any, params: Any) -> Any:
     Args:
         params: SamplingParams, PoolingParams, or None for the model's own.
     """
-    from vllm import PoolingParams
+    from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import RequestOutputKind
 
     if isinstance(params, PoolingParams):

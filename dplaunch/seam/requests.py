@@ -62,15 +62,26 @@ def is_seen_at_its_end(request: Any) -> bool:
     )
 
 
+def most_tokens(request: Any) -> int | None:
+    """How many tokens the answer of an EngineCoreRequest has at most; None where there is no bound, or no answer."""
+    params = request.sampling_params
+    return None if params is None or request.resumable else params.max_tokens
+
+
 def has_tokens_alone(output: Any) -> bool:
     """Whether an EngineCoreOutput has tokens, and says nothing else of its request."""
     # An array does not say yes or no when it is compared.
-    return output.routed_experts is None and msgspec.structs.astuple(output)[2:] == _nothing_else(output.__class__)
+    if output.routed_experts is not None:
+        return False
+    # Asked for each token: the fastest comparison is that of msgspec.
+    alone = _tokens_alone(output.__class__)
+    alone.request_id, alone.new_token_ids = output.request_id, output.new_token_ids
+    return bool(output == alone)
 
 
 @functools.cache
-def _nothing_else(kind: Callable[[str, list[int]], Any]) -> tuple[Any, ...]:
-    return msgspec.structs.astuple(kind("", []))[2:]
+def _tokens_alone(kind: Callable[[str, list[int]], Any]) -> Any:
+    return kind("", [])
 
 
 def _clear(struct: Any, *names: str) -> None:

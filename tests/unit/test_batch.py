@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from dplaunch.batch import HEADROOM, run_batch, stream_one
 from dplaunch.errors import GroupDeadError, RequestError, UsageError
-from dplaunch.seam import frontend
+from dplaunch.seam import frontend, prompts
 from dplaunch.seam.prompts import SHORT
 from dplaunch.testing import poll_until_async
 
@@ -137,7 +138,7 @@ async def test_ranks_are_kept_just_full_and_the_rest_is_handed_out_as_they_free_
 async def test_a_long_answer_does_not_hold_up_the_rest() -> None:
     engine = FakeEngine(open_gate=False)
     batch = asyncio.create_task(run(engine, [f"p{n}" for n in range(20)], slots=2))
-    await poll_until_async(lambda: len(engine.running) == 2)
+    await poll_until_async(lambda: len(engine.running) == 2 * HEADROOM)
     (slowest, *_) = engine.running.values()
     while len(engine.started) < 20 or len(engine.running) > 1:
         for gate in [gate for gate in engine.running.values() if gate is not slowest]:
@@ -146,6 +147,20 @@ async def test_a_long_answer_does_not_hold_up_the_rest() -> None:
     assert not batch.done()
     slowest.set()
     assert len(await batch) == 20
+
+
+async def test_one_set_of_parameters_is_made_ready_once_for_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Mock(wraps=prompts.final_params)
+    monkeypatch.setattr(prompts, "final_params", made)
+    from vllm import SamplingParams
+
+    one, other = SamplingParams(max_tokens=1), SamplingParams(max_tokens=2)
+    engine = FakeEngine()
+    await run(engine, ["a", "b", "c"], one)
+    assert made.call_count == 1
+    await run(engine, ["a", "b", "c"], [one, other, one])
+    assert made.call_count == 3
+    assert [params.max_tokens for params in engine.params] == [1, 1, 1, 1, 2, 1]
 
 
 async def test_an_empty_batch_has_no_answers() -> None:
@@ -288,11 +303,12 @@ async def test_the_groups_own_death_is_raised_as_itself_with_its_root_cause() ->
 async def test_an_interrupted_batch_aborts_all_that_is_in_flight_and_starts_no_more() -> None:
     engine = FakeEngine(open_gate=False)
     batch = asyncio.create_task(run(engine, [f"p{n}" for n in range(20)], slots=4))
-    await poll_until_async(lambda: len(engine.running) == 5)
+    full = int(4 * HEADROOM)
+    await poll_until_async(lambda: len(engine.running) == full)
     batch.cancel()
     await asyncio.gather(batch, return_exceptions=True)
     assert batch.cancelled()
-    assert len(engine.aborted) == len(engine.started) == 5
+    assert len(engine.aborted) == len(engine.started) == full
     assert engine.running == {}
 
 

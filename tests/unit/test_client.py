@@ -14,6 +14,9 @@ from dplaunch.inflight import Failed
 from dplaunch.link import RankLink
 from dplaunch.seam import frontend, wire
 
+MOST_TOKENS = 16
+"""Of an answer, by vLLM's defaults."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _vllm() -> None:
@@ -192,6 +195,40 @@ def test_a_finished_request_no_longer_counts_as_load() -> None:
     rig.answer(0, output("a", ends=True), output("b", ends=True))
     assert rig.client.load == {0: 0, 1: 0}
     assert rig.client.unfinished == 0
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+def test_what_is_left_of_a_batch_of_equal_answers_is_shared_though_one_rank_ends_first(gathers: bool) -> None:
+    rig = Rig(2, gathers=gathers)
+    rig.add("a", "b", "c", "d")
+    assert [sorted(link.added) for link in rig.links.values()] == [["a", "c"], ["b", "d"]]
+    for _ in range(MOST_TOKENS - 1):
+        rig.answer(0, output("a"), output("c"))
+        rig.answer(1, output("b"), output("d"))
+    rig.answer(0, output("a", ends=True), output("c", ends=True))
+    rig.add("e", "f", "g", "h")
+    assert [len(link.added) for link in rig.links.values()] == [4, 4]
+    assert rig.client.load == {0: 2, 1: 4}
+    rig.answer(1, output("b", ends=True), output("d", ends=True))
+    assert rig.client.load == {0: 2, 1: 2}
+    rig.add("i", "j")
+    assert [len(link.added) for link in rig.links.values()] == [5, 5]
+
+
+def test_requests_that_were_about_to_end_and_move_are_like_any_other_on_their_next_rank() -> None:
+    rig = Rig(1)
+    rig.add("a", "b")
+    for _ in range(MOST_TOKENS - 1):
+        rig.answer(0, output("a"), output("b"))
+    rig.up(1)
+    rig.down(0)
+    rig.up(0, 1)
+    assert rig.client.load == {0: 0, 1: 2}
+    rig.add("c", "d")
+    assert rig.client.load == {0: 2, 1: 2}
+    rig.client.abort(["a", "b", "c", "d"])
+    rig.add("e", "f")
+    assert rig.client.load == {0: 1, 1: 1}
 
 
 def test_an_end_that_is_told_twice_counts_once() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dplaunch.requests import PIECE
+from dplaunch.kept import PIECE
 from dplaunch.seam import frontend
 from dplaunch.seam.requests import has_tokens_alone
 from dplaunch.spec import RequestPolicy

@@ -56,6 +56,19 @@ def test_a_request_that_ends_makes_its_rank_the_next() -> None:
     assert router.choose() == 1
 
 
+def test_requests_that_are_about_to_end_weigh_nothing_and_are_in_flight() -> None:
+    router = _router(2)
+    for _ in range(4):
+        _send(router)
+    router.ends_soon(0)
+    router.ends_soon(0)
+    assert [_send(router), _send(router)] == [0, 0]
+    assert router.load(0) == 4
+    router.end(0, was_about_to=True)
+    assert router.load(0) == 3
+    assert {_send(router) for _ in range(2)} == {0, 1}
+
+
 def test_to_choose_counts_nothing() -> None:
     router = _router(2)
     assert router.choose() == router.choose()
@@ -127,9 +140,10 @@ def test_to_open_or_close_twice_changes_nothing() -> None:
 def test_whatever_happens_an_open_rank_with_the_lowest_load_is_chosen(seed: int) -> None:
     random_ = random.Random(seed)
     router, load, open_ = Router(), dict.fromkeys(range(8), 0), set[int]()
+    ending = dict.fromkeys(range(8), 0)
     for _ in range(3000):
         rank = random_.randrange(8)
-        match random_.choice(("open", "close", "begin", "begin", "begin", "end", "end")):
+        match random_.choice(("open", "close", "begin", "begin", "begin", "soon", "end", "end")):
             case "open":
                 router.open(rank)
                 open_.add(rank)
@@ -139,9 +153,14 @@ def test_whatever_happens_an_open_rank_with_the_lowest_load_is_chosen(seed: int)
             case "begin":
                 router.begin(rank)
                 load[rank] += 1
+            case "soon" if load[rank] > ending[rank]:
+                router.ends_soon(rank)
+                ending[rank] += 1
             case "end" if load[rank]:
-                router.end(rank)
+                was_about_to = ending[rank] == load[rank] or bool(ending[rank] and random_.randrange(2))
+                router.end(rank, was_about_to)
                 load[rank] -= 1
+                ending[rank] -= was_about_to
         chosen = router.choose()
         assert router.ranks == sorted(open_)
         assert [router.load(one) for one in load] == list(load.values())
@@ -149,4 +168,4 @@ def test_whatever_happens_an_open_rank_with_the_lowest_load_is_chosen(seed: int)
             assert not open_
         else:
             assert chosen in open_
-            assert load[chosen] == min(load[one] for one in open_)
+            assert load[chosen] - ending[chosen] == min(load[one] - ending[one] for one in open_)

@@ -1,0 +1,72 @@
+"""Answers that nobody sees before their end: the frontend gets their tokens in larger pieces, which is less work.
+
+Most of what vLLM's frontend does for an output is the same for one token and for many, and batches have millions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dplaunch.seam import wire
+from dplaunch.seam.requests import has_tokens_alone
+
+PIECE = 64
+"""Tokens of an answer that the frontend gets together.
+
+More would hardly make it less work, and leave too much of it for the end, when many answers end at once.
+"""
+
+
+@dataclass(slots=True)
+class Kept:
+    """What the frontend has of such an answer, and what is kept here.
+
+    Args:
+        room: how many further tokens make a piece.
+        handed: how many of the answer's tokens it was given; those behind are kept.
+        weights: the version of the weights that the last ones are of, as vLLM says it.
+    """
+
+    room: int
+    handed: int = 0
+    weights: str | None = None
+
+    @classmethod
+    def beside(cls, others: int) -> Kept:
+        """One of a new answer: of those that have begun together, not all have a piece together."""
+        return cls(PIECE - others % PIECE)
+
+    def takes(self, tokens: list[int], output: Any, weights: str | None) -> bool:
+        """Keeps an output that has further tokens alone, and no piece is full with it: nearly all of a batch's.
+
+        Args:
+            tokens: the answer so far; it grows by what is taken.
+            output: an EngineCoreOutput.
+            weights: the version of the weights that it is of.
+        """
+        new = output.new_token_ids
+        if self.weights != weights or len(tokens) + len(new) - self.handed >= self.room or not has_tokens_alone(output):
+            return False
+        tokens += new
+        return True
+
+    def keeps(self, tokens: list[int], output: Any, weights: str | None, hand_over: Callable[[Any], None]) -> bool:
+        """Whether an output is kept. One that makes a piece full, or says more than tokens, gets those before it.
+
+        Args:
+            tokens: the answer so far, with those of the output.
+            output: an EngineCoreOutput.
+            weights: the version of the weights that it is of.
+            hand_over: gets what the frontend has to see before it: it notes which tokens are of which weights.
+        """
+        before = len(tokens) - len(output.new_token_ids)
+        if self.handed < before and self.weights != weights:
+            hand_over(wire.tokens_alone(output.request_id, tokens[self.handed : before], self.weights))
+            self.handed = before
+        self.weights = weights
+        if len(tokens) - self.handed < self.room and has_tokens_alone(output):
+            return True
+        output.new_token_ids, self.handed, self.room = tokens[self.handed :], len(tokens), PIECE
+        return False
