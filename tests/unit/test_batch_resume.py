@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dplaunch.batch import iter_batch
+from dplaunch.batch import HEADROOM, iter_batch
 from dplaunch.batch_progress import BatchState
 from dplaunch.errors import RequestError, ResultsFileError, UsageError
 from dplaunch.seam import frontend
@@ -81,14 +81,15 @@ async def test_the_ranks_do_not_wait_for_the_reader() -> None:
 
 async def test_leaving_early_aborts_what_is_in_flight_and_starts_no_more() -> None:
     engine = Engine(open_gate=False)
+    full = int(4 * HEADROOM)
     async with contextlib.aclosing(iterate(engine, [f"p{n}" for n in range(20)])) as outputs:  # type: ignore[type-var]
         first = asyncio.ensure_future(anext(outputs))
-        await poll_until_async(lambda: len(engine.running) == 5)
+        await poll_until_async(lambda: len(engine.running) == full)
         engine.let_go(1)
         await first
-        await poll_until_async(lambda: len(engine.running) == 5)
+        await poll_until_async(lambda: len(engine.running) == full)
     assert engine.running == {}
-    assert (len(engine.aborted), len(engine.started)) == (5, 6)
+    assert (len(engine.aborted), len(engine.started)) == (full, full + 1)
 
 
 async def test_failed_prompts_are_left_out_and_the_first_ones_error_is_raised_at_the_end() -> None:
