@@ -45,7 +45,6 @@ class Bucket:
         entries: what is in it.
         fd: what keeps the memory; -1 for a file on disk.
         on_device: the same bytes on a device, for ranks that read them there.
-        handle: by what these open it.
     """
 
     path: str
@@ -53,7 +52,6 @@ class Bucket:
     entries: tuple[Entry, ...]
     fd: int = -1
     on_device: DeviceMemory | None = None
-    handle: bytes = b""
 
     @property
     def device(self) -> str:
@@ -110,7 +108,7 @@ def in_buckets(
             its_place = device_memory.name_of(whole.device) if any(readers) else ""
             if bucket is not None and (bucket.size + nbytes > most or its_place != place):
                 full, bucket = bucket, None
-                yield _finished(full, entries, folder)
+                yield _finished(full, entries, folder, readers)
             if bucket is None:
                 number, place = number + 1, its_place
                 memory = _memory_for(whole, place, max(most, nbytes), readers)
@@ -119,7 +117,7 @@ def in_buckets(
             entries.append(_written(bucket, write, name, whole, nbytes))
         if bucket is not None:
             full, bucket = bucket, None
-            yield _finished(full, entries, folder)
+            yield _finished(full, entries, folder, readers)
     finally:
         writer.close()
         if bucket is not None:
@@ -163,11 +161,11 @@ def _written(bucket: Bucket, write: Callable[[int, int, Any], None], name: str, 
     return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, nbytes
 
 
-def _finished(bucket: Bucket, entries: Sequence[Entry], folder: Path | None) -> Bucket:
+def _finished(bucket: Bucket, entries: Sequence[Entry], folder: Path | None, readers: Sequence[str]) -> Bucket:
     bucket.entries = tuple(entries)
     try:
         if bucket.on_device is not None:
-            bucket.handle = bucket.on_device.handle()
+            bucket.on_device.share(readers.count(bucket.device))
         if bucket.fd >= 0:
             # Not shorter than its entries say, where the last one is empty; and nothing can be mapped of no bytes.
             os.ftruncate(bucket.fd, max(1, bucket.size))

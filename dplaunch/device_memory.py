@@ -18,7 +18,7 @@ _STORAGE_DEVICE = 6
 """The place of the device's number among the arguments of torch's `rebuild_cuda_tensor`: each process has its own."""
 
 _COUNTER = slice(11, 13)
-"""That of the counter by which torch knows, from the process that opened memory, that it has let go of it."""
+"""Those of the counter by which the process that opened memory says that it has let go of it."""
 
 
 def name_of(device: Any) -> str:
@@ -41,6 +41,9 @@ def own_devices() -> dict[str, Any]:
 class DeviceMemory:
     """Bytes on a device, written here and read by ranks, until `free`.
 
+    torch keeps memory that it has a handle of until one process, which opened it, lets go of it: for good, if that one
+    has died, and for good as well if two have. So what it gets here is a view, which keeps no memory, for each reader.
+
     Args:
         device: torch's.
         nbytes: how many.
@@ -54,14 +57,15 @@ class DeviceMemory:
 
         self.name = name_of(device)
         self._bytes: Any = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._counter: tuple[Any, ...] = ()
+        self._views: list[Any] = []
+        self._handles: list[tuple[bytes, Any]] = []
 
     def write(self, start: int, flat: Any) -> None:
         """Copies a tensor's bytes to where they belong, in the device's own time."""
         self._bytes[start : start + flat.numel()].copy_(flat)
 
-    def handle(self) -> bytes:
-        """By what another process opens it, while this one holds it; all that was written is there.
+    def share(self, readers: int) -> None:
+        """Makes a handle for each of so many readers; all that was written is there for them.
 
         Raises:
             RuntimeError: when it cannot be shared.
@@ -70,40 +74,64 @@ class DeviceMemory:
         from torch.multiprocessing.reductions import reduce_tensor
 
         torch.cuda.synchronize(self._bytes.device)
-        _, arguments = reduce_tensor(self._bytes)
-        self._counter = arguments[_COUNTER]
-        return pickle.dumps(arguments)
+        for _ in range(readers):
+            view = torch.as_tensor(_View(self._bytes), device=self._bytes.device)
+            _, arguments = reduce_tensor(view)
+            self._views.append(view)
+            self._handles.append((pickle.dumps(arguments), arguments[_COUNTER]))
+
+    def handle(self) -> bytes:
+        """One of those, by which one other process opens it, once."""
+        handle, _ = self._handles.pop()
+        return handle
 
     def free(self) -> None:
-        """Gives them back. Idempotent.
-
-        torch would keep what it has a handle of until a process that opened it lets go of it: for as long as this one
-        lives when nobody ever has, or has died meanwhile.
-        """
+        """Gives the memory back, whoever has it open. Idempotent."""
         import torch
 
-        counter, self._counter, self._bytes = self._counter, (), None
-        if counter:
+        for _, counter in self._handles:
+            # Nobody will let go of what nobody was told of.
             torch.UntypedStorage._release_ipc_counter_cuda(*counter)
+        self._handles, self._views, self._bytes = [], [], None
+
+
+class _View:
+    """A tensor's bytes, to be seen by torch as those of somebody who frees them himself."""
+
+    def __init__(self, owner: Any) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 2,
+            "shape": tuple(owner.shape),
+            "typestr": "|u1",
+            "data": (owner.data_ptr(), False),
+        }
 
 
 class DeviceMark:
     """Memory on a device with a secret in it: a rank that reads it may be given weights there.
 
+    Args:
+        device: torch's.
+        readers: how many will look.
+
     Raises:
         RuntimeError: when the device's memory cannot be shared.
     """
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, readers: int) -> None:
         import torch
 
         self.secret = secrets.token_bytes(SECRET_BYTES)
         self._memory = DeviceMemory(device, SECRET_BYTES)
         self._memory.write(0, torch.tensor(list(self.secret), dtype=torch.uint8))
-        self.handle = self._memory.handle()
+        self._memory.share(readers)
+
+    def handle(self) -> bytes:
+        """By what one of them finds it."""
+        return self._memory.handle()
 
     def free(self) -> None:
-        """Everybody has looked. Idempotent."""
+        """All have looked. Idempotent."""
         self._memory.free()
 
 

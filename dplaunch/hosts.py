@@ -72,17 +72,17 @@ class Hosts:
 
     async def load(self, ask_all: AskAll, ranks: Sequence[Rank], bucket: Bucket, deadline: float | None) -> Failures:
         """Has ranks load a bucket; those that did not."""
-        beside = [rank for rank in ranks if bucket.handle and self.devices.get(rank) == bucket.device]
+        beside = [rank for rank in ranks if bucket.device and self.devices.get(rank) == bucket.device]
         others = [rank for rank in ranks if rank not in beside]
         here = [rank for rank in self.near if rank in others]
         groups = [left for host in self.far if (left := [rank for rank in host if rank in others])]
         data = await asyncio.to_thread(bucket.read) if groups else b""
         loaded, there, far = await asyncio.gather(
             ask_all(here, seam.LOAD, bucket.path, bucket.entries, deadline=deadline),
-            ask_all(beside, seam.LOAD, "", bucket.entries, bucket.handle, deadline=deadline),
+            _load_beside(ask_all, beside, bucket, deadline),
             asyncio.gather(*(_load_far(ask_all, group, bucket, data, deadline) for group in groups)),
         )
-        failed: Failures = loaded[1] | there[1]
+        failed: Failures = loaded[1] | there
         for each in far:
             failed |= each
         return failed
@@ -100,15 +100,25 @@ async def _on_our_devices(ask_all: AskAll, ranks: Sequence[Rank], deadline: floa
         if not there:
             continue
         try:
-            mark = await in_thread(functools.partial(device_memory.DeviceMark, device), "weights")
+            mark = await in_thread(functools.partial(device_memory.DeviceMark, device, len(there)), "weights")
         except RuntimeError:
             continue  # There is no room, or its allocator shares nothing: by the host's memory then.
         try:
-            seen, _ = await ask_all(there, seam.SEES_DEVICE, mark.handle, mark.secret, deadline=deadline)
+            looks = (ask_all([rank], seam.SEES_DEVICE, mark.handle(), mark.secret, deadline=deadline) for rank in there)
+            found |= {rank: name for seen, _ in await asyncio.gather(*looks) for rank, sees in seen.items() if sees}
         finally:
             mark.free()
-        found |= {rank: name for rank in there if seen.get(rank)}
     return found
+
+
+async def _load_beside(ask_all: AskAll, ranks: list[Rank], bucket: Bucket, deadline: float | None) -> Failures:
+    """Each opens the device's memory by a handle of its own."""
+    failed: Failures = {}
+    if (memory := bucket.on_device) is not None:
+        calls = (ask_all([rank], seam.LOAD, "", bucket.entries, memory.handle(), deadline=deadline) for rank in ranks)
+        for _, cannot in await asyncio.gather(*calls):
+            failed |= cannot
+    return failed
 
 
 async def _load_far(

@@ -13,42 +13,49 @@ from typing import Any, ClassVar
 
 from dplaunch.bucket import new_memory
 
+UNTOLD, TOLD, LET_GO = b"0", b"1", b"2"
+"""What has become of a handle; at more than one reader torch would lose count, and so does this (b"3")."""
+
 
 class PretendedMemory:
-    """In place of `dplaunch.device_memory.DeviceMemory`; the device is its name, and a handle two paths.
+    """In place of `dplaunch.device_memory.DeviceMemory`; the device is its name, and a handle two paths."""
 
-    As torch does it, what was handed over and nobody has let go of stays without `free`; it is `lost`.
-    """
-
-    lost: ClassVar[int] = 0
-    """How many are, in this process."""
+    left_open: ClassVar[int] = 0
+    """Handles of this process that were given away, and not let go of by exactly one reader."""
 
     def __init__(self, device: str, nbytes: int) -> None:
         self.name = device
         self._fd, self._path = new_memory("dplaunch-pretended-device")
         os.ftruncate(self._fd, nbytes)
-        self._counter, self._counter_path = new_memory("dplaunch-pretended-counter")
+        self._counters: list[tuple[int, str]] = []
+        self._told = 0
 
     def write(self, start: int, flat: Any) -> None:
         """Copies a tensor's bytes to where they belong."""
         os.pwrite(self._fd, flat.numpy().tobytes(), start)
 
+    def share(self, readers: int) -> None:
+        """Makes a handle for each."""
+        self._counters = [new_memory("dplaunch-pretended-counter") for _ in range(readers)]
+        for fd, _ in self._counters:
+            os.pwrite(fd, UNTOLD, 0)
+
     def handle(self) -> bytes:
-        """By what a stand-in engine opens it."""
-        os.write(self._counter, _HELD)
-        return f"{self._path} {self._counter_path}".encode()
+        """By what one stand-in engine opens it."""
+        fd, path = self._counters[self._told]
+        self._told += 1
+        os.pwrite(fd, TOLD, 0)
+        return f"{self._path} {path}".encode()
 
     def free(self) -> None:
         """Gives it back."""
-        os.ftruncate(self._counter, 0)
-
-    def __del__(self) -> None:
-        PretendedMemory.lost += os.fstat(self._counter).st_size > 0
-        os.close(self._fd)
-        os.close(self._counter)
-
-
-_HELD = b"held"
+        counters, self._counters = self._counters, []
+        for fd, _ in counters:
+            PretendedMemory.left_open += os.pread(fd, 1, 0) not in (UNTOLD, LET_GO)
+            os.close(fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 @contextmanager
@@ -56,7 +63,8 @@ def opened(handle: bytes) -> Iterator[str]:
     """The path of what a handle stands for; afterwards it is let go of."""
     path, counter = handle.decode().split()
     yield path
-    Path(counter).write_bytes(b"")
+    state = Path(counter).read_bytes()
+    Path(counter).write_bytes(b"%d" % (int(state) + 1))
 
 
 class OnDevice:

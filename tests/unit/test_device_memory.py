@@ -35,6 +35,12 @@ def places(buckets: list[bucket.Bucket]) -> list[tuple[str, bool]]:
     return [(each.device, bool(each.path)) for each in buckets]
 
 
+def handle_of(shared: bucket.Bucket) -> bytes:
+    """One of those by which its memory on a device is opened."""
+    assert shared.on_device is not None
+    return shared.on_device.handle()
+
+
 def on(device: str) -> list[tuple[str, Any]]:
     return [(name, OnDevice(tensor, device)) for name, tensor in TENSORS.items()]
 
@@ -71,10 +77,10 @@ def test_a_bucket_is_on_one_device_and_weights_of_the_host_are_in_others() -> No
 
 def test_a_rank_gets_copies_of_what_is_there_since_the_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = made(on("GPU-a"), ["GPU-a"])
-    with opened(one.handle) as path:
+    with opened(handle_of(one)) as path:
         content = torch.frombuffer(bucket.mapped(path), dtype=torch.uint8)
     monkeypatch.setattr(device_memory, "opened", lambda handle, number: content)
-    found = dict(device_memory.tensors_in(one.handle, 0, one.entries))
+    found = dict(device_memory.tensors_in(b"its handle", 0, one.entries))
     content.zero_()
     assert list(found) == list(TENSORS)
     for name, tensor in TENSORS.items():
@@ -85,7 +91,7 @@ def test_a_rank_gets_copies_of_what_is_there_since_the_memory_is_used_again(monk
 
 def test_memory_on_a_device_is_freed_with_its_bucket() -> None:
     (one,) = made(on("GPU-a"), ["GPU-a"])
-    with opened(one.handle) as path:
+    with opened(handle_of(one)) as path:
         pass
     one.free()
     with pytest.raises(OSError, match="No such file"):
