@@ -104,7 +104,7 @@ def _hidden(hides: bool) -> AbstractContextManager[Any]:
 SCRIPT = Script(
     "weights",
     __doc__,
-    [Step(name="update", run=update, limit_s=240, about_s=120)],
+    [Step(name="update", run=update, limit_s=360, about_s=200)],
     [
         Comparison(
             title="an update on the device over one through the host",
