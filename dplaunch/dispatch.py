@@ -114,7 +114,7 @@ class Dispatcher:
         link = entry.link = self.links[rank]
         entry.sent = next(self._order)
         self.router.begin(rank)
-        entry.soon = soon(entry.parts)
+        entry.soon = _soon(entry.parts)
         self._suspects.sent(entry, link)
         parts = entry.parts
         if entry.second is not None and entry.second.continues:
@@ -148,7 +148,7 @@ class Dispatcher:
 
     def _ended(self, entry: InFlight, rank: int) -> None:
         self.router.end(rank, entry.ends_soon)
-        entry.soon, entry.ends_soon = None, False
+        entry.ends_soon = False
 
     def _route(self, entry: InFlight) -> int | None:
         pinned = entry.pinned
@@ -174,7 +174,7 @@ class Dispatcher:
         self._idle = [(waiting, waiter) for waiting, waiter in self._idle if not waiter.done()]
 
 
-def soon(parts: Sequence[Any]) -> int | None:
+def _soon(parts: Sequence[Any]) -> int | None:
     """How many tokens of its answer a request has when it is about to end; None where nobody knows."""
     most = most_tokens(parts[0]) if len(parts) == 1 else None
     return None if most is None else int(SOON * most)

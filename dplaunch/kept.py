@@ -56,17 +56,17 @@ class Kept:
         """Whether an output is kept. One that makes a piece full, or says more than tokens, gets those before it.
 
         Args:
-            tokens: the answer so far, with those of the output.
+            tokens: the answer so far; it grows by those of the output.
             output: an EngineCoreOutput.
             weights: the version of the weights that it is of.
             hand_over: gets what the frontend has to see before it: it notes which tokens are of which weights.
         """
-        before = len(tokens) - len(output.new_token_ids)
-        if self.handed < before and self.weights != weights:
-            hand_over(wire.tokens_alone(output.request_id, tokens[self.handed : before], self.weights))
-            self.handed = before
+        if self.handed < len(tokens) and self.weights != weights:
+            hand_over(wire.tokens_alone(output.request_id, tokens[self.handed :], self.weights))
+            self.handed = len(tokens)
         self.weights = weights
-        if len(tokens) - self.handed < self.room and has_tokens_alone(output):
+        if self.takes(tokens, output, weights):
             return True
+        tokens += output.new_token_ids
         output.new_token_ids, self.handed, self.room = tokens[self.handed :], len(tokens), PIECE
         return False

@@ -279,14 +279,17 @@ class Requests:
             return False
         if not entry.shown:
             entry.shown, entry.epoch = True, self.dispatch.epoch
-        tokens = output.new_token_ids
-        entry.tokens += tokens
         counters = self.rank_counters[link.rank]
-        counters.tokens += len(tokens)
+        counters.tokens += len(output.new_token_ids)
+        is_kept = False
+        if entry.kept is None:
+            entry.tokens += output.new_token_ids
+        else:
+            is_kept = entry.kept.keeps(entry.tokens, output, weights, self._outputs.put_nowait)
         self._look_for_end(entry)
         if entry.suspicion and self._suspects.stepped(entry, link):
             self.dispatch.send_waiting()
-        if entry.kept is not None and entry.kept.keeps(entry.tokens, output, weights, self._outputs.put_nowait):
+        if is_kept:
             return False
         # Engines list what they finished (`finished_requests`) for a coordinator only, and here is none.
         if output.finish_reason is not None:

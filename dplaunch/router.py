@@ -3,7 +3,7 @@
 Requests that are about to end weigh nothing. Of answers of one length, begun together, those of one rank end a moment
 before the others', and it would get all that is left of the batch.
 
-A step costs the same for two ranks and for hundreds: ranks stand in queues by their load, and where a request begins
+A step costs the same for two ranks and for hundreds: ranks stand in queues by their weight, and where a request begins
 or ends, its rank moves by one queue.
 """
 

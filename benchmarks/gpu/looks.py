@@ -8,11 +8,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
 import dplaunch
+from benchmarks.gpu import devices
 from benchmarks.gpu.inside import FACTS
+from dplaunch import device_memory
 from dplaunch.seam.rank import REPORT
 from dplaunch.testing import poll_until
 
@@ -22,6 +25,20 @@ TOKENS = 24
 
 BACK_S = 180.0
 """Seconds until a killed rank is given up; with a warm compile cache 15 to 21 were seen."""
+
+
+@contextmanager
+def handed_over() -> Iterator[list[str]]:
+    """Gets the device, by UUID, of each piece of memory that is handed to a rank meanwhile; no piece is held."""
+    memory, uuids = device_memory.DeviceMemory, list[str]()
+    handle = memory.handle
+
+    def noted(self: device_memory.DeviceMemory) -> bytes:
+        uuids.append(devices.plain(self.name))
+        return handle(self)
+
+    with patch.object(memory, "handle", noted):
+        yield uuids
 
 
 def facts(group: dplaunch.Group, rank: int | None = None) -> list[list[dict[str, Any]]]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
 import dplaunch
 from benchmarks.common import Comparison
+from benchmarks.gpu import looks
 from benchmarks.gpu.models import shapes
 from benchmarks.gpu.notes import Notes
 from benchmarks.gpu.setup import Setup
@@ -40,7 +40,7 @@ def update(setup: Setup, notes: Notes) -> None:
     for threads in (1, host_memory.MOST_THREADS):
         notes.value(f"written to the host by {threads}", _written(tensors, threads))
     taken = set()
-    with _counted() as handed, dplaunch.launch(str(settings.model), dp=1, **settings.engine_args) as group:
+    with looks.handed_over() as handed, dplaunch.launch(str(settings.model), dp=1, **settings.engine_args) as group:
         took: dict[str, list[float]] = {"on the device": [], "through the host": []}
         sums: dict[str, str] = {}
         for number in range(ROUNDS):
@@ -73,21 +73,6 @@ def _written(tensors: dict[str, Any], threads: int) -> float:
         for each in bucket.in_buckets(tensors.items()):
             each.free()
     return time.monotonic() - began
-
-
-@contextlib.contextmanager
-def _counted() -> Iterator[list[int]]:
-    """Gets the size of each piece of a device's memory that is handed to a rank; it is not held."""
-    memory, sizes = device_memory.DeviceMemory, list[int]()
-    handle = memory.handle
-
-    def counted(self: device_memory.DeviceMemory) -> bytes:
-        given = handle(self)
-        sizes.append(len(given))
-        return given
-
-    with patch.object(memory, "handle", counted):
-        yield sizes
 
 
 def _fill(tensors: dict[str, Any], number: int) -> None:

@@ -110,6 +110,11 @@ async def test_ranks_on_other_hosts_get_each_bucket_once_per_host(launch: Launch
     assert [taken[rank] for rank in (0, 3, 4)] == [0, 0, 0]
 
 
+def on_device(weights: Mapping[str, Any], device: str) -> list[tuple[str, Any]]:
+    """The same weights, where a trainer would have them."""
+    return [(name, OnDevice(tensor, device)) for name, tensor in weights.items()]
+
+
 @pytest.fixture
 def pretended_device(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a device on which this process has memory."""
@@ -128,7 +133,7 @@ async def test_a_rank_on_the_device_of_the_weights_reads_them_there_and_the_othe
     plan = StandInPlan(devices={0: pretended_device, 1: "GPU-b", 2: pretended_device}, blind=(2,))
     group = (await launch(plan, dp=4)).group
     weights = tensors(1)
-    await group.update_weights([(name, OnDevice(tensor, pretended_device)) for name, tensor in weights.items()])
+    await group.update_weights(on_device(weights, pretended_device))
     await answers_with(group, checksum_of(weights.items()))
     first, *others = await group.call("buckets_on_device")
     assert first > 2
@@ -142,7 +147,7 @@ async def test_ranks_that_share_the_device_of_the_weights_each_open_them_by_a_ha
 ) -> None:
     group = (await launch(StandInPlan(devices=dict.fromkeys(range(2), pretended_device)), dp=2)).group
     weights = tensors(1)
-    await group.update_weights([(name, OnDevice(tensor, pretended_device)) for name, tensor in weights.items()])
+    await group.update_weights(on_device(weights, pretended_device))
     await answers_with(group, checksum_of(weights.items()))
     assert min(await group.call("buckets_on_device")) > 2
     assert PretendedMemory.left_open == 0
@@ -156,7 +161,7 @@ async def test_a_rank_that_dies_or_sees_nothing_leaves_no_memory_of_the_weights_
     dies = {(1, 0): Fault(when=When.WEIGHTS, returncode=-signal.SIGKILL)}
     plan = StandInPlan(devices=dict.fromkeys(range(2), pretended_device), faults=dies, blind=blind)
     group, weights = (await launch(plan, dp=2)).group, tensors(1)
-    there = [(name, OnDevice(tensor, pretended_device)) for name, tensor in weights.items()]
+    there = on_device(weights, pretended_device)
     assert (await group.update_weights(there)).ranks == (0,)
     await poll_until_async(lambda: group.client.ranks == [0, 1])
     await answers_with(group, checksum_of(weights.items()))
@@ -172,7 +177,7 @@ async def test_weights_leave_the_device_where_they_are_from_the_host_or_kept_the
     weights = tensors(1)
     await group.update_weights(weights)
     await answers_with(group, checksum_of(weights.items()))
-    there = [(name, OnDevice(tensor, pretended_device)) for name, tensor in tensors(2).items()]
+    there = on_device(tensors(2), pretended_device)
     await group.update_weights(iter(there), keep="memory")
     await answers_with(group, checksum_of(tensors(2).items()))
     assert await group.call("buckets_on_device") == [0]
@@ -191,7 +196,7 @@ async def test_where_a_device_has_no_room_its_ranks_get_weights_from_the_host(
 
     monkeypatch.setattr(device_memory, "DeviceMemory", no_room)
     weights = tensors(1)
-    await group.update_weights([(name, OnDevice(tensor, pretended_device)) for name, tensor in weights.items()])
+    await group.update_weights(on_device(weights, pretended_device))
     await answers_with(group, checksum_of(weights.items()))
     assert await group.call("buckets_on_device") == [0]
 
@@ -200,7 +205,7 @@ async def test_where_a_device_has_no_room_its_ranks_get_weights_from_the_host(
 async def test_a_rank_that_comes_back_reads_weights_on_its_device_again(launch: Launch, pretended_device: str) -> None:
     watched = await launch(StandInPlan(devices={0: pretended_device}), dp=1)
     group, weights = watched.group, tensors(1)
-    there = [(name, OnDevice(tensor, pretended_device)) for name, tensor in weights.items()]
+    there = on_device(weights, pretended_device)
     await group.update_weights(there)
     kill(watched, 0)
     await until(watched, 0, "ready")

@@ -36,15 +36,8 @@ def test_weights_from_a_module_on_a_device_are_in_all_ranks_and_the_same_as_from
 @pytest.fixture
 def handed() -> Iterator[list[str]]:
     """Gets the device of each piece of memory that is handed to ranks; no piece is held."""
-    memory, names = device_memory.DeviceMemory, list[str]()
-    handle = memory.handle
-
-    def counted(self: device_memory.DeviceMemory) -> bytes:
-        names.append(devices.plain(self.name))
-        return handle(self)
-
-    with patch.object(memory, "handle", counted):
-        yield names
+    with looks.handed_over() as uuids:
+        yield uuids
 
 
 def test_memory_is_given_back_though_one_was_told_of_it_and_nobody_has_opened_it() -> None:

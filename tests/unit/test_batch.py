@@ -150,10 +150,10 @@ async def test_a_long_answer_does_not_hold_up_the_rest() -> None:
 
 
 async def test_one_set_of_parameters_is_made_ready_once_for_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Mock(wraps=prompts.final_params)
-    monkeypatch.setattr(prompts, "final_params", made)
     from vllm import SamplingParams
 
+    made = Mock(wraps=prompts.final_params)
+    monkeypatch.setattr(prompts, "final_params", made)
     one, other = SamplingParams(max_tokens=1), SamplingParams(max_tokens=2)
     engine = FakeEngine()
     await run(engine, ["a", "b", "c"], one)
