@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pickle
 import secrets
+import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 SECRET_BYTES = 32
@@ -19,6 +21,9 @@ _STORAGE_DEVICE = 6
 
 _COUNTER = slice(11, 13)
 """Those of the counter by which the process that opened memory says that it has let go of it."""
+
+_SHARED = Path("/dev/shm")
+"""Where torch's counters are files."""
 
 
 def name_of(device: Any) -> str:
@@ -42,7 +47,8 @@ class DeviceMemory:
     """Bytes on a device, written here and read by ranks, until `free`.
 
     torch keeps memory that it has a handle of until one process, which opened it, lets go of it: for good, if that one
-    has died, and for good as well if two have. So what it gets here is a view, which keeps no memory, for each reader.
+    has died, and for good as well if two have. So what it gets here is a view, which keeps no memory, for each reader,
+    and after `free` it waits for none.
 
     Args:
         device: torch's.
@@ -58,7 +64,8 @@ class DeviceMemory:
         self.name = name_of(device)
         self._bytes: Any = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._views: list[Any] = []
-        self._handles: list[tuple[bytes, Any]] = []
+        self._handles: list[bytes] = []
+        self._counters: list[tuple[bytes, int]] = []
 
     def write(self, start: int, flat: Any) -> None:
         """Copies a tensor's bytes to where they belong, in the device's own time."""
@@ -75,36 +82,47 @@ class DeviceMemory:
 
         torch.cuda.synchronize(self._bytes.device)
         for _ in range(readers):
-            view = torch.as_tensor(_View(self._bytes), device=self._bytes.device)
+            view = view_of(self._bytes)
             _, arguments = reduce_tensor(view)
             self._views.append(view)
-            self._handles.append((pickle.dumps(arguments), arguments[_COUNTER]))
+            self._handles.append(pickle.dumps(arguments))
+            self._counters.append(arguments[_COUNTER])
 
     def handle(self) -> bytes:
         """One of those, by which one other process opens it, once."""
-        handle, _ = self._handles.pop()
-        return handle
+        return self._handles.pop()
 
     def free(self) -> None:
         """Gives the memory back, whoever has it open. Idempotent."""
         import torch
 
-        for _, counter in self._handles:
-            # Nobody will let go of what nobody was told of.
-            torch.UntypedStorage._release_ipc_counter_cuda(*counter)
-        self._handles, self._views, self._bytes = [], [], None
+        for counter in self._counters:
+            if readers_of(*counter):
+                torch.UntypedStorage._release_ipc_counter_cuda(*counter)
+        self._handles, self._counters, self._views, self._bytes = [], [], [], None
 
 
-class _View:
-    """A tensor's bytes, to be seen by torch as those of somebody who frees them himself."""
+def view_of(owner: Any) -> Any:
+    """A tensor's bytes, as a tensor that keeps no memory.
 
-    def __init__(self, owner: Any) -> None:
-        self.__cuda_array_interface__ = {
-            "version": 2,
-            "shape": tuple(owner.shape),
-            "typestr": "|u1",
-            "data": (owner.data_ptr(), False),
-        }
+    What torch has shared it may free after Python is gone, so there must be nothing of Python in what it calls then,
+    as there is in what `torch.as_tensor` makes of a `__cuda_array_interface__`: such a process aborts at its end.
+    """
+    import torch
+
+    bytes_of = torch._C._construct_storage_from_data_pointer(owner.data_ptr(), owner.device, owner.nbytes)
+    return torch.empty(0, dtype=torch.uint8, device=owner.device).set_(bytes_of, 0, (owner.nbytes,), (1,))
+
+
+def readers_of(counter: bytes, offset: int) -> int:
+    """What torch's counter of a handle says: 1 until its reader has let go, dead or not (CudaIPCTypes.cpp)."""
+    number = struct.Struct("=q")
+    try:
+        with (_SHARED / counter.decode().lstrip("/")).open("rb") as file:
+            file.seek(number.size * offset)
+            return int(number.unpack(file.read(number.size))[0])
+    except (OSError, struct.error):
+        return 0  # Nobody can let go of it any more.
 
 
 class DeviceMark:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import pytest
 
 import dplaunch
 from benchmarks.gpu import devices, looks
+from benchmarks.servers import environment
 from dplaunch import bucket, device_memory
-from tests.gpu.launchers import SMALL
+from tests.gpu.launchers import END_S, ROOT, SMALL
 
 FREED = 2**30
 """Bytes at least: the ranks of the tests hold dozens of GiB of KV cache each."""
@@ -50,6 +53,21 @@ def test_memory_is_given_back_though_one_was_told_of_it_and_nobody_has_opened_it
     assert torch.cuda.memory_allocated(0) >= before + FREED
     memory.free()
     assert torch.cuda.memory_allocated(0) == before
+
+
+@pytest.mark.parametrize("end", ["freed", "left"])
+def test_a_process_that_has_shared_memory_which_nobody_has_opened_ends_well(end: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.sharer", end],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=END_S,
+    )
+    assert ended.returncode == 0, ended.stderr
+    # Of memory that is not given back before the end, torch warns.
+    assert end == "left" or not ended.stderr
 
 
 def test_the_rank_on_the_trainers_device_reads_weights_there_and_all_have_the_same(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,27 @@ def test_memory_on_a_device_is_freed_with_its_bucket() -> None:
     one.free()
     with pytest.raises(OSError, match="No such file"):
         bucket.mapped(path)
+
+
+def test_a_view_of_memory_shows_its_bytes_and_has_nothing_to_free() -> None:
+    owner = torch.arange(100, dtype=torch.uint8)
+    seen = device_memory.view_of(owner)
+    owner[7] = 70
+    assert seen.dtype == torch.uint8
+    assert torch.equal(seen, owner)
+    assert seen.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr()
+    del seen
+    assert owner[7] == 70
+
+
+def test_whether_a_reader_has_let_go_is_read_from_torchs_counter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_memory, "_SHARED", tmp_path)
+    (tmp_path / "torch_1_2_0").write_bytes(torch.tensor([0, 1, 0, 1]).numpy().tobytes())
+    assert [device_memory.readers_of(b"/torch_1_2_0", at) for at in range(4)] == [0, 1, 0, 1]
+    assert device_memory.readers_of(b"/torch_1_2_0", 4) == 0
+    assert device_memory.readers_of(b"/torch_1_2_1", 0) == 0
 
 
 def test_a_rank_that_cannot_open_a_handle_does_not_see_the_device() -> None:
