@@ -25,6 +25,9 @@ _COUNTER = slice(11, 13)
 _SHARED = Path("/dev/shm")
 """Where torch's counters are files."""
 
+_HEAD_BYTES, _COUNT = 64, struct.Struct("=q")
+"""What comes before the counters of such a file, and one of them."""
+
 
 def name_of(device: Any) -> str:
     """The UUID of a torch device, which is the same in every process; "" for one that is not CUDA's, or has none."""
@@ -86,7 +89,9 @@ class DeviceMemory:
             _, arguments = reduce_tensor(view)
             self._views.append(view)
             self._handles.append(pickle.dumps(arguments))
-            self._counters.append(arguments[_COUNTER])
+            # Another torch may keep them elsewhere: this one has just begun to count.
+            if readers_of(*arguments[_COUNTER]) == 1:
+                self._counters.append(arguments[_COUNTER])
 
     def handle(self) -> bytes:
         """One of those, by which one other process opens it, once."""
@@ -97,7 +102,7 @@ class DeviceMemory:
         import torch
 
         for counter in self._counters:
-            if readers_of(*counter):
+            if readers_of(*counter) == 1:
                 torch.UntypedStorage._release_ipc_counter_cuda(*counter)
         self._handles, self._counters, self._views, self._bytes = [], [], [], None
 
@@ -114,15 +119,18 @@ def view_of(owner: Any) -> Any:
     return torch.empty(0, dtype=torch.uint8, device=owner.device).set_(bytes_of, 0, (owner.nbytes,), (1,))
 
 
-def readers_of(counter: bytes, offset: int) -> int:
-    """What torch's counter of a handle says: 1 until its reader has let go, dead or not (CudaIPCTypes.cpp)."""
-    number = struct.Struct("=q")
+def readers_of(counter: bytes, offset: int) -> int | None:
+    """What torch's counter of a handle says: 1 until its reader has let go, dead or not.
+
+    None when there is no such counter. It is one of many in a file of torch's, behind what `RefcountedMapAllocator`
+    keeps there for itself (CudaIPCTypes.cpp, MapAllocator.cpp).
+    """
     try:
         with (_SHARED / counter.decode().lstrip("/")).open("rb") as file:
-            file.seek(number.size * offset)
-            return int(number.unpack(file.read(number.size))[0])
+            file.seek(_HEAD_BYTES + _COUNT.size * offset)
+            return int(_COUNT.unpack(file.read(_COUNT.size))[0])
     except (OSError, struct.error):
-        return 0  # Nobody can let go of it any more.
+        return None
 
 
 class DeviceMark:

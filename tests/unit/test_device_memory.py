@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,14 +110,19 @@ def test_a_view_of_memory_shows_its_bytes_and_has_nothing_to_free() -> None:
     assert owner[7] == 70
 
 
-def test_whether_a_reader_has_let_go_is_read_from_torchs_counter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device_memory, "_SHARED", tmp_path)
-    (tmp_path / "torch_1_2_0").write_bytes(torch.tensor([0, 1, 0, 1]).numpy().tobytes())
-    assert [device_memory.readers_of(b"/torch_1_2_0", at) for at in range(4)] == [0, 1, 0, 1]
-    assert device_memory.readers_of(b"/torch_1_2_0", 4) == 0
-    assert device_memory.readers_of(b"/torch_1_2_1", 0) == 0
+SHARES = """
+import torch
+from dplaunch.device_memory import readers_of
+counts = torch.tensor([1, 0, 2])
+_, name, _ = counts.untyped_storage()._share_filename_cpu_()
+print([readers_of(name, offset) for offset in range(4)], readers_of(b"/none", 0))
+"""
+"""torch's counters on a device are in a file of the kind that it makes of this tensor."""
+
+
+def test_whether_a_reader_has_let_go_is_read_from_torchs_counter() -> None:
+    said = subprocess.run([sys.executable, "-c", SHARES], check=True, capture_output=True, text=True).stdout
+    assert said == "[1, 0, 2, None] None\n"
 
 
 def test_a_rank_that_cannot_open_a_handle_does_not_see_the_device() -> None:
