@@ -45,6 +45,13 @@ def used() -> dict[str, int]:
         }
 
 
+def size() -> int:
+    """Bytes of the smallest device; 0 where there is none."""
+    with _nvml() as nvml:
+        sizes = [] if nvml is None else [int(nvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in _handles(nvml)]
+    return min(sizes, default=0)
+
+
 def held_by(pids: Collection[int], now: Mapping[int, Mapping[str, int]] | None = None) -> int:
     """Bytes that these processes hold on all devices together."""
     return sum(sum((held() if now is None else now).get(pid, {}).values()) for pid in pids)

@@ -18,14 +18,14 @@ import psutil
 import pytest
 
 from benchmarks.common import Comparison
-from benchmarks.gpu import devices, first, large, models, moe, notes, ray, rest, sides, small, steps, weights
+from benchmarks.gpu import devices, first, large, models, moe, notes, ray, rest, sides, small, steps, turns, weights
 from benchmarks.gpu.notes import Note, Notes
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.steps import Outcome, Script, Step
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SCRIPTS = [module.SCRIPT for module in (first, small, large, rest, moe, ray, weights)]
+SCRIPTS = [module.SCRIPT for module in (first, small, large, rest, moe, ray, turns, weights)]
 
 # A script whose steps hang, fail and leave processes behind; run as `python -m benchmarks.gpu.NAME`, so that its own
 # process is what a step's parent is.
