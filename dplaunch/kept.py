@@ -13,9 +13,13 @@ from dplaunch.seam import wire
 from dplaunch.seam.requests import has_tokens_alone
 
 PIECE = 64
-"""Tokens of an answer that the frontend gets together.
+"""Tokens of an answer that the frontend gets together; more would hardly make it less work."""
 
-More would hardly make it less work, and leave too much of it for the end, when many answers end at once.
+LEAST = 4
+"""Of them near the end of an answer.
+
+Answers of one length that begin together end together, and until the frontend has seen them and asked for the next ones
+their rank has little to do: not the moment for what could have been done before. So pieces halve what is left.
 """
 
 
@@ -24,19 +28,26 @@ class Kept:
     """What the frontend has of such an answer, and what is kept here.
 
     Args:
-        room: how many further tokens make a piece.
-        handed: how many of the answer's tokens it was given; those behind are kept.
+        most: how many tokens the answer has at most; None where there is no bound.
+        full: with so many tokens of the answer the next piece is full.
+        handed: how many of its tokens the frontend was given; those behind are kept.
         weights: the version of the weights that the last ones are of, as vLLM says it.
     """
 
-    room: int
+    most: int | None
+    full: int = 0
     handed: int = 0
     weights: str | None = None
 
     @classmethod
-    def beside(cls, others: int) -> Kept:
+    def beside(cls, others: int, most: int | None) -> Kept:
         """One of a new answer: of those that have begun together, not all have a piece together."""
-        return cls(PIECE - others % PIECE)
+        kept = cls(most)
+        kept.full = min(PIECE - others % PIECE, kept._piece())
+        return kept
+
+    def _piece(self) -> int:
+        return PIECE if self.most is None else min(PIECE, max(LEAST, (self.most - self.handed) // 2))
 
     def takes(self, tokens: list[int], output: Any, weights: str | None) -> bool:
         """Keeps an output that has further tokens alone, and no piece is full with it: nearly all of a batch's.
@@ -47,7 +58,7 @@ class Kept:
             weights: the version of the weights that it is of.
         """
         new = output.new_token_ids
-        if self.weights != weights or len(tokens) + len(new) - self.handed >= self.room or not has_tokens_alone(output):
+        if self.weights != weights or len(tokens) + len(new) >= self.full or not has_tokens_alone(output):
             return False
         tokens += new
         return True
@@ -68,5 +79,6 @@ class Kept:
         if self.takes(tokens, output, weights):
             return True
         tokens += output.new_token_ids
-        output.new_token_ids, self.handed, self.room = tokens[self.handed :], len(tokens), PIECE
+        output.new_token_ids, self.handed = tokens[self.handed :], len(tokens)
+        self.full = self.handed + self._piece()
         return False

@@ -16,7 +16,7 @@ from dplaunch.kept import Kept
 from dplaunch.link import RankLink
 from dplaunch.migrate import EngineTraits, Move, decide
 from dplaunch.seam import wire
-from dplaunch.seam.requests import is_seen_at_its_end
+from dplaunch.seam.requests import is_seen_at_its_end, most_tokens
 from dplaunch.second_run import AnsweredDifferently, SecondRun
 from dplaunch.spec import RequestPolicy
 from dplaunch.suspects import Suspects, poisoned
@@ -117,7 +117,7 @@ class Requests:
         self._check_room()
         entry = InFlight([request])
         if self._gathers and is_seen_at_its_end(request):
-            entry.kept = Kept.beside(len(self._in_flight))
+            entry.kept = Kept.beside(len(self._in_flight), most_tokens(request))
         self._in_flight[request.request_id] = entry
         self.counters.accepted += 1
         if request.request_id in self._broken:
@@ -261,15 +261,10 @@ class Requests:
             plain = entry.shown and entry.second is None and not entry.suspicion
             if plain and entry.kept is not None and entry.kept.takes(entry.tokens, output, weights):
                 more += len(output.new_token_ids)
-                self._look_for_end(entry)
             elif self._note(entry, link, output, weights):
                 left.append(output)
         self.rank_counters[link.rank].tokens += more
         return left
-
-    def _look_for_end(self, entry: InFlight) -> None:
-        if entry.soon is not None and len(entry.tokens) >= entry.soon:
-            self.dispatch.ends_soon(entry)
 
     def _note(self, entry: InFlight, link: RankLink, output: Any, weights: str | None) -> bool:
         """Whether an output is for the frontend, and now."""
@@ -286,7 +281,8 @@ class Requests:
             entry.tokens += output.new_token_ids
         else:
             is_kept = entry.kept.keeps(entry.tokens, output, weights, self._outputs.put_nowait)
-        self._look_for_end(entry)
+        if entry.soon is not None and len(entry.tokens) >= entry.soon:
+            self.dispatch.ends_soon(entry)
         if entry.suspicion and self._suspects.stepped(entry, link):
             self.dispatch.send_waiting()
         if is_kept:

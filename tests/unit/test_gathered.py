@@ -63,9 +63,10 @@ def test_the_frontend_gets_a_short_answer_with_its_end() -> None:
     assert rig.client.unfinished == 0
 
 
-def test_a_long_answer_comes_in_pieces_and_each_token_once() -> None:
+@pytest.mark.parametrize("most", [None, 1000])
+def test_a_long_answer_comes_in_pieces_and_each_token_once(most: int | None) -> None:
     rig = gathering()
-    rig.client.add(of_batch())
+    rig.client.add(of_batch(max_tokens=most))
     for token in range(150):
         rig.answer(0, tokens(token))
     rig.answer(0, tokens(150, ends=True))
@@ -74,10 +75,24 @@ def test_a_long_answer_comes_in_pieces_and_each_token_once() -> None:
     assert [len(piece) for piece in pieces] == [PIECE, PIECE, 151 - 2 * PIECE]
 
 
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(128, [64, 32, 16, 8, 4, 4]), (100, [50, 25, 12, 6, 4, 3]), (9, [4, 4, 1]), (5, [4, 1]), (4, [4]), (1, [1])],
+)
+def test_a_piece_is_no_longer_than_what_is_left_so_that_little_is_to_be_done_at_the_end(
+    most: int, sizes: list[int]
+) -> None:
+    rig = gathering()
+    rig.client.add(of_batch(max_tokens=most))
+    for token in range(most):
+        rig.answer(0, tokens(token, ends=token == most - 1))
+    assert [len(piece) for piece in told(rig)] == sizes
+
+
 def test_answers_that_begin_together_do_not_all_fill_a_piece_at_once() -> None:
     rig = gathering()
     for number in range(PIECE):
-        rig.client.add(of_batch(f"batch-{number}"))
+        rig.client.add(of_batch(f"batch-{number}", max_tokens=1000))
     pieces = []
     for _ in range(PIECE):
         rig.answer(0, *(tokens(5, name=f"batch-{number}") for number in range(PIECE)))
