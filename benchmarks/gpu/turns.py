@@ -59,11 +59,18 @@ ALL = (Party(STOCK), Party(DPLAUNCH))
 ONE = (Party(STOCK, 1), Party(DPLAUNCH, 1, "mp"), Party(DPLAUNCH, 1, "uni"))
 
 
-def in_turn(model: str, parties: Sequence[Party]) -> Run:
-    """A step: these, with this model."""
+def in_turn(model: str, parties: Sequence[Party], at_once: int | None = None) -> Run:
+    """A step: these, with this model.
+
+    Args:
+        model: of `models.CONFIGS`.
+        parties: who takes turns.
+        at_once: the most requests that a rank runs at a time; None for as many as elsewhere.
+    """
+    called = model if at_once is None else f"{model} {at_once} at once"
 
     def run(setup: Setup, notes: Notes) -> None:
-        args = {} if setup.cpu else _room(model, len(parties))
+        args = {} if setup.cpu else _room(model, len(parties)) | ({"max_num_seqs": at_once} if at_once else {})
         with contextlib.ExitStack() as stack:
             children = []
             for party in parties:
@@ -72,12 +79,12 @@ def in_turn(model: str, parties: Sequence[Party]) -> Run:
                 child = start_child(party.side, settings, load_of(setup, settings.dp), party.executor)
                 children.append((party, stack.enter_context(child)))
             for party, child in children:
-                notes.value(f"{party.name(model, 'start')}, side by side", child.answer()["from_start"])
+                notes.value(f"{party.name(called, 'start')}, side by side", child.answer()["from_start"])
             for number in range(ROUNDS):
                 for kind in KINDS:
                     for party, child in children if number % 2 == 0 else reversed(children):
                         time.sleep(IDLE_S)
-                        _tell(notes, party.name(model, kind), child.ask(kind))
+                        _tell(notes, party.name(called, kind), child.ask(kind))
 
     return run
 
@@ -108,6 +115,9 @@ def _compared(title: str, model: str, base: Party, ours: Party, goal: float | No
     ]
 
 
+GRAPHS = 512
+"""Requests at once for which vLLM has CUDA graphs by itself; with more it starts each kernel on its own."""
+
 _STOCKS_ONE, _MP_ONE, _UNI_ONE = ONE
 
 SCRIPT = Script(
@@ -116,6 +126,7 @@ SCRIPT = Script(
     [
         Step(name="all", run=in_turn("small", ALL), limit_s=420, about_s=240),
         Step(name="one", run=in_turn("small", ONE), limit_s=420, about_s=260),
+        Step(name="graphs", run=in_turn("small", ALL, GRAPHS), limit_s=420, about_s=200),
         Step(name="all-large", run=in_turn("large", ALL), limit_s=480, about_s=300),
     ],
     [
@@ -123,6 +134,7 @@ SCRIPT = Script(
         *_compared("one rank, dplaunch over stock", "small", _STOCKS_ONE, _MP_ONE, goal=1.0),
         *_compared("one rank, executor mp over uni", "small", _UNI_ONE, _MP_ONE),
         *_compared("all ranks over one", "small", _MP_ONE, Party(DPLAUNCH)),
+        *_compared("dplaunch over stock", f"small {GRAPHS} at once", *ALL, goal=1.0),
         *_compared("dplaunch over stock", "large", *ALL, goal=1.0),
     ],
 )
