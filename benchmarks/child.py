@@ -107,7 +107,8 @@ class Child:
         Raises:
             RuntimeError: when it ends without an answer.
         """
-        self._ours.send_bytes(word.encode())
+        with contextlib.suppress(BrokenPipeError):  # It has ended, and there will be no answer.
+            self._ours.send_bytes(word.encode())
         return self.answer()
 
     def close(self) -> None:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
-import time
+import signal
 
 from benchmarks import child
 
 
 async def _main() -> None:
     asked = child.Questions()
-    left = os.fork() if child.question()["forks"] else 0
-    if left == 0 and child.question()["forks"]:
-        time.sleep(600)  # Ended from outside: it has the pipe too.
+    left = _forked() if child.question()["forks"] else 0
     asked.answer({"left": left})
     async for word in asked:
         if word == "end":
             os._exit(3)
         asked.answer({"letters": len(word)})
     if left:
-        os.kill(left, 9)
+        os.kill(left, signal.SIGKILL)
         os.waitpid(left, 0)
-        sys.exit()
+
+
+def _forked() -> int:
+    """A process that has the pipe too, and is ended from outside."""
+    pid = os.fork()
+    while pid == 0:
+        signal.pause()
+    return pid
 
 
 if __name__ == "__main__":

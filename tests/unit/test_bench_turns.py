@@ -32,8 +32,9 @@ def test_a_child_answers_as_often_as_it_is_asked_and_ends_with_what_it_has_start
 def test_a_child_that_ends_without_an_answer_is_an_error_that_says_how(forks: bool) -> None:
     with Child("tests.unit.answering", {"forks": forks}, os.environ) as child:
         left = int(child.answer()["left"])
-        with pytest.raises(RuntimeError, match=r"tests\.unit\.answering ended with 3 and no answer"):
-            child.ask("end")
+        for word in ("end", "and again"):
+            with pytest.raises(RuntimeError, match=r"tests\.unit\.answering ended with 3 and no answer"):
+                child.ask(word)
         if forks:
             os.kill(left, signal.SIGKILL)
 
