@@ -10,20 +10,15 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from benchmarks.common import DPLAUNCH, STOCK, Comparison, Settings, parser, report, run_rounds, settings_of
+from benchmarks.common import DPLAUNCH, STOCK, Settings, parser, report, run_rounds, settings_of, throughput
 from benchmarks.inprocess import run_child
 from benchmarks.load import FULL, QUICK, Load, http_tokens_per_second
 from benchmarks.servers import SERVED_NAME, dplaunch_server, stock_server
 
-
-def _throughput(title: str, stock: str, ours: str) -> Comparison:
-    return Comparison(title=title, unit="tokens/s", base=stock, ours=ours, goal=1.0, more_is_better=True)
-
-
 COMPARISONS = [
-    _throughput("over HTTP", "stock http", "dplaunch http"),
-    _throughput("AsyncLLM in process", "stock engine", "dplaunch engine"),
-    _throughput("a batch: group.generate", "stock batch", "dplaunch generate"),
+    throughput("over HTTP", "stock http", "dplaunch http", 1.0),
+    throughput("AsyncLLM in process", "stock engine", "dplaunch engine", 1.0),
+    throughput("a batch: group.generate", "stock batch", "dplaunch generate", 1.0),
 ]
 
 

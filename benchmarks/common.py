@@ -104,6 +104,11 @@ class Comparison:
         return f"{'>=' if self.more_is_better else '<='} {self.goal:.2f} {'met' if met else 'MISSED'}"
 
 
+def throughput(title: str, base: str, ours: str, goal: float | None = None) -> Comparison:
+    """The comparison of two rates of tokens."""
+    return Comparison(title=title, unit="tokens/s", base=base, ours=ours, goal=goal, more_is_better=True)
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has; it adds its own."""
     parser = argparse.ArgumentParser(description=description)

@@ -227,20 +227,17 @@ async def _serve(question: dict[str, Any]) -> None:
             asked.answer({"rate": rate, "cores": (time.process_time() - used) / (time.monotonic() - began)})
 
 
-_TASKS: dict[tuple[str, str], Callable[[dict[str, Any]], dict[str, float]]] = {
-    (STOCK, "launch"): lambda question: asyncio.run(_stock_launch(question)),
-    (DPLAUNCH, "launch"): _dplaunch_launch,
-    (STOCK, "generate"): lambda question: asyncio.run(_generate(question)),
-    (DPLAUNCH, "generate"): lambda question: asyncio.run(_generate(question)),
-}
-
-
 def _main() -> None:
     question = child.question()
-    if question["task"] == "serve":
-        asyncio.run(_serve(question))
-        return
-    child.answer(_TASKS[question["side"], question["task"]](question))
+    match question["task"]:
+        case "serve":
+            asyncio.run(_serve(question))
+        case "generate":
+            child.answer(asyncio.run(_generate(question)))
+        case _ if question["side"] == STOCK:
+            child.answer(asyncio.run(_stock_launch(question)))
+        case _:
+            child.answer(_dplaunch_launch(question))
 
 
 if __name__ == "__main__":

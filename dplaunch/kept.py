@@ -35,19 +35,14 @@ class Kept:
     """
 
     most: int | None
-    full: int = 0
+    full: int
     handed: int = 0
     weights: str | None = None
 
     @classmethod
     def beside(cls, others: int, most: int | None) -> Kept:
         """One of a new answer: of those that have begun together, not all have a piece together."""
-        kept = cls(most)
-        kept.full = min(PIECE - others % PIECE, kept._piece())
-        return kept
-
-    def _piece(self) -> int:
-        return PIECE if self.most is None else min(PIECE, max(LEAST, (self.most - self.handed) // 2))
+        return cls(most, min(PIECE - others % PIECE, _piece(most, 0)))
 
     def takes(self, tokens: list[int], output: Any, weights: str | None) -> bool:
         """Keeps an output that has further tokens alone, and no piece is full with it: nearly all of a batch's.
@@ -80,5 +75,9 @@ class Kept:
             return True
         tokens += output.new_token_ids
         output.new_token_ids, self.handed = tokens[self.handed :], len(tokens)
-        self.full = self.handed + self._piece()
+        self.full = self.handed + _piece(self.most, self.handed)
         return False
+
+
+def _piece(most: int | None, handed: int) -> int:
+    return PIECE if most is None else min(PIECE, max(LEAST, (most - handed) // 2))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import dplaunch
-from benchmarks.common import Comparison
+from benchmarks.common import throughput
 from benchmarks.gpu import looks
 from benchmarks.gpu.notes import Notes
 from benchmarks.gpu.setup import Setup
@@ -103,13 +103,7 @@ def _death(setup: Setup, group: dplaunch.Group, notes: Notes, name: str, watched
 
 
 COMPARISONS = [
-    Comparison(
-        title="lockstep over independent",
-        unit="tokens/s",
-        base="independent: generate",
-        ours="lockstep: generate",
-        more_is_better=True,
-    ),
+    throughput("lockstep over independent", "independent: generate", "lockstep: generate"),
 ]
 
 SCRIPT = Script(

@@ -5,15 +5,10 @@ The steps of `moe` and `ray` that two devices suffice for; those scripts have th
 
 from __future__ import annotations
 
-from benchmarks.common import DPLAUNCH, STOCK, Comparison
+from benchmarks.common import DPLAUNCH, STOCK, Comparison, throughput
 from benchmarks.gpu import moe, ray
-from benchmarks.gpu.sides import RATE, executors, over_http
+from benchmarks.gpu.sides import executors, over_http
 from benchmarks.gpu.steps import Script, Step
-
-
-def _more(title: str, base: str, ours: str, goal: float | None = None) -> Comparison:
-    return Comparison(title=title, unit=RATE, base=base, ours=ours, goal=goal, more_is_better=True)
-
 
 SCRIPT = Script(
     "rest",
@@ -27,9 +22,9 @@ SCRIPT = Script(
         Step(name="stock-1", run=over_http(STOCK, "small", 1), limit_s=240, about_s=75, devices=2),
     ],
     [
-        _more("executor mp over uni", "small uni dp=all engine", "small mp dp=all engine"),
-        _more("all ranks over one, engine", "small mp dp=1 engine", "small mp dp=all engine"),
-        _more("all ranks over one, generate", "small mp dp=1 generate", "small mp dp=all generate"),
+        throughput("executor mp over uni", "small uni dp=all engine", "small mp dp=all engine"),
+        throughput("all ranks over one, engine", "small mp dp=1 engine", "small mp dp=all engine"),
+        throughput("all ranks over one, generate", "small mp dp=1 generate", "small mp dp=all generate"),
         *moe.COMPARISONS,
         Comparison(
             title="warm start of one rank",

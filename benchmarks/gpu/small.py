@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.common import DPLAUNCH, STOCK, Comparison
-from benchmarks.gpu.sides import RATE, imports, in_process, over_http
+from benchmarks.common import DPLAUNCH, STOCK, Comparison, throughput
+from benchmarks.gpu.sides import imports, in_process, over_http
 from benchmarks.gpu.steps import Script, Step
 
 GOAL = 0.35
@@ -25,7 +25,7 @@ def rates(model: str) -> list[Comparison]:
         "of a batch, all ranks over one": (f"{ours} dp=1 generate", f"{ours} generate"),
     }
     return [
-        Comparison(title=f"{model}: tokens/s {what}", unit=RATE, base=base, ours=ours, goal=goal, more_is_better=True)
+        throughput(f"{model}: tokens/s {what}", base, ours, goal)
         for goal, each in ((1.0, pairs), (None, more))
         for what, (base, ours) in each.items()
     ]

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.common import DPLAUNCH, STOCK, Comparison
+from benchmarks.common import DPLAUNCH, STOCK, Comparison, throughput
 from benchmarks.gpu import devices
 from benchmarks.gpu.models import shapes
 from benchmarks.gpu.notes import Notes
@@ -31,6 +31,9 @@ IDLE_S = 2.0
 
 SHARE = 0.6
 """Of a device, for the weights and KV caches of all; the rest is for what each needs besides."""
+
+GRAPHS = 512
+"""Requests at once for which vLLM has CUDA graphs by itself; with more it starts each kernel on its own."""
 
 KINDS = ("engine", "batch")
 
@@ -103,20 +106,10 @@ def _room(model: str, parties: int) -> dict[str, Any]:
 
 def _compared(title: str, model: str, base: Party, ours: Party, goal: float | None = None) -> list[Comparison]:
     return [
-        Comparison(
-            title=f"{model}: tokens/s in turn, {kind}, {title}",
-            unit=RATE,
-            base=base.name(model, kind),
-            ours=ours.name(model, kind),
-            goal=goal,
-            more_is_better=True,
-        )
+        throughput(f"{model}: tokens/s in turn, {kind}, {title}", base.name(model, kind), ours.name(model, kind), goal)
         for kind in KINDS
     ]
 
-
-GRAPHS = 512
-"""Requests at once for which vLLM has CUDA graphs by itself; with more it starts each kernel on its own."""
 
 _STOCKS_ONE, _MP_ONE, _UNI_ONE = ONE
 

@@ -196,7 +196,7 @@ def test_every_token_of_a_model_has_a_text() -> None:
 
 def test_where_there_is_no_driver_no_device_is_named_and_nobody_holds_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert (devices.uuids(), devices.held(), devices.used()) == ([], {}, {})
+    assert (devices.uuids(), devices.held(), devices.used(), devices.size()) == ([], {}, {}, 0)
     seconds, left = devices.wait_until_free()
     assert seconds < 5
     assert left == {}
@@ -215,7 +215,7 @@ class FakeNvml(SimpleNamespace):
             nvmlDeviceGetCount=lambda: 2,
             nvmlDeviceGetHandleByIndex=lambda index: index,
             nvmlDeviceGetUUID=lambda index: [b"GPU-AB", "GPU-cd"][index],
-            nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(used=1000 + index),
+            nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(used=1000 + index, total=9000 - index),
             nvmlDeviceGetComputeRunningProcesses=lambda index: [
                 SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in on[index]
             ],
@@ -228,6 +228,7 @@ def test_who_holds_which_device_is_read_from_the_driver(monkeypatch: pytest.Monk
     assert devices.held() == {7: {"GPU-AB": 100, "GPU-cd": 50}, 8: {"GPU-cd": 0}}
     assert devices.held_by([7, 9]) == 150
     assert devices.used() == {"GPU-AB": 1000, "GPU-cd": 1001}
+    assert devices.size() == 8999
     # A context that holds next to nothing is one that was not given back.
     assert devices.wait_until_free([8], timeout_s=0)[1] == {8: {"GPU-cd": 0}}
     assert devices.has_cuda(7)
