@@ -29,7 +29,7 @@ ROUNDS = 3
 IDLE_S = 2.0
 """Seconds between two turns: vLLM's processes look for work without a pause for one after the last."""
 
-SHARE = 0.6
+SHARE = 0.7
 """Of a device, for the weights and KV caches of all; the rest is for what each needs besides."""
 
 GRAPHS = 512
@@ -46,48 +46,51 @@ class Party:
         side: whose engine.
         dp: ranks; None for all.
         executor: dplaunch's; None for what it chooses.
+        at_once: the most requests that a rank runs at a time; None for as many as elsewhere.
     """
 
     side: str
     dp: int | None = None
     executor: str | None = None
+    at_once: int | None = None
 
     def name(self, model: str, kind: str) -> str:
         """What its rates are called."""
-        words = [model, self.side, self.executor, self.dp and f"dp={self.dp}", kind, "in turn"]
+        dp, at_once = self.dp and f"dp={self.dp}", self.at_once and f"{self.at_once} at once"
+        words = [model, self.side, self.executor, dp, at_once, kind, "in turn"]
         return " ".join(str(word) for word in words if word)
 
 
 ALL = (Party(STOCK), Party(DPLAUNCH))
+FEWER = (Party(STOCK, at_once=GRAPHS), Party(DPLAUNCH, at_once=GRAPHS))
 ONE = (Party(STOCK, 1), Party(DPLAUNCH, 1, "mp"), Party(DPLAUNCH, 1, "uni"))
 
 
-def in_turn(model: str, parties: Sequence[Party], at_once: int | None = None) -> Run:
+def in_turn(model: str, parties: Sequence[Party]) -> Run:
     """A step: these, with this model.
 
     Args:
         model: of `models.CONFIGS`.
         parties: who takes turns.
-        at_once: the most requests that a rank runs at a time; None for as many as elsewhere.
     """
-    called = model if at_once is None else f"{model} {at_once} at once"
 
     def run(setup: Setup, notes: Notes) -> None:
-        args = {} if setup.cpu else _room(model, len(parties)) | ({"max_num_seqs": at_once} if at_once else {})
+        room = {} if setup.cpu else _room(model, len(parties))
         with contextlib.ExitStack() as stack:
             children = []
             for party in parties:
-                settings = setup.settings(model, party.dp, **args)
+                at_once = {"max_num_seqs": party.at_once} if party.at_once and not setup.cpu else {}
+                settings = setup.settings(model, party.dp, **room, **at_once)
                 os.environ.update(caches(setup, party.side))
                 child = start_child(party.side, settings, load_of(setup, settings.dp), party.executor)
                 children.append((party, stack.enter_context(child)))
             for party, child in children:
-                notes.value(f"{party.name(called, 'start')}, side by side", child.answer()["from_start"])
+                notes.value(f"{party.name(model, 'start')}, side by side", child.answer()["from_start"])
             for number in range(ROUNDS):
                 for kind in KINDS:
                     for party, child in children if number % 2 == 0 else reversed(children):
                         time.sleep(IDLE_S)
-                        _tell(notes, party.name(called, kind), child.ask(kind))
+                        _tell(notes, party.name(model, kind), child.ask(kind))
 
     return run
 
@@ -117,9 +120,8 @@ SCRIPT = Script(
     "turns",
     __doc__,
     [
-        Step(name="all", run=in_turn("small", ALL), limit_s=420, about_s=240),
+        Step(name="all", run=in_turn("small", (*ALL, *FEWER)), limit_s=540, about_s=360),
         Step(name="one", run=in_turn("small", ONE), limit_s=420, about_s=260),
-        Step(name="graphs", run=in_turn("small", ALL, GRAPHS), limit_s=420, about_s=200),
         Step(name="all-large", run=in_turn("large", ALL), limit_s=480, about_s=300),
     ],
     [
@@ -127,7 +129,8 @@ SCRIPT = Script(
         *_compared("one rank, dplaunch over stock", "small", _STOCKS_ONE, _MP_ONE, goal=1.0),
         *_compared("one rank, executor mp over uni", "small", _UNI_ONE, _MP_ONE),
         *_compared("all ranks over one", "small", _MP_ONE, Party(DPLAUNCH)),
-        *_compared("dplaunch over stock", f"small {GRAPHS} at once", *ALL, goal=1.0),
+        *_compared(f"{GRAPHS} at once on both, dplaunch over stock", "small", *FEWER, goal=1.0),
+        *_compared(f"dplaunch, {GRAPHS} at once over 1024", "small", ALL[1], FEWER[1]),
         *_compared("dplaunch over stock", "large", *ALL, goal=1.0),
     ],
 )

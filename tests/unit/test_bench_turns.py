@@ -15,7 +15,7 @@ from benchmarks.gpu import devices, notes, turns
 from benchmarks.gpu.models import shapes
 from benchmarks.gpu.notes import Notes
 from benchmarks.gpu.setup import Setup
-from benchmarks.gpu.turns import ALL, ONE, Party
+from benchmarks.gpu.turns import ALL, FEWER, ONE, Party
 
 GIB = 2**30
 
@@ -80,8 +80,7 @@ def test_engines_work_in_turn_and_in_every_second_round_the_other_way_round(
 
 
 def test_each_engine_has_a_name_of_its_own_and_all_that_is_compared_is_measured() -> None:
-    models = ("small", "large", f"small {turns.GRAPHS} at once")
-    everybody = [(model, party) for model in models for party in (*ALL, *ONE)]
+    everybody = [(model, party) for model in ("small", "large") for party in (*ALL, *FEWER, *ONE)]
     names = [party.name(model, kind) for model, party in everybody for kind in turns.KINDS]
     assert len(set(names)) == len(names)
     assert Party(DPLAUNCH, 1, "mp").name("small", "batch") == "small dplaunch mp dp=1 batch in turn"
@@ -94,8 +93,8 @@ def test_engines_share_a_device_and_none_has_to_find_out_what_is_left(
 ) -> None:
     monkeypatch.setattr(devices, "size", lambda: 140 * GIB)
     args = turns._room(model, 2)
-    assert args["gpu_memory_utilization"] == 0.3
-    assert args["kv_cache_memory_bytes"] == pytest.approx(42 * GIB - weights, rel=0.02)
+    assert args["gpu_memory_utilization"] == turns.SHARE / 2
+    assert args["kv_cache_memory_bytes"] == pytest.approx(140 * turns.SHARE / 2 * GIB - weights, rel=0.02)
     assert len(shapes(model)) > 100
 
 
