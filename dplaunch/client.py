@@ -183,8 +183,9 @@ class GroupClient:
         self._dispatch.epoch += 1
 
     def know_engines(self, traits: EngineTraits) -> None:
-        """Tells what keeps requests of these engines from moving."""
+        """Tells what keeps requests of these engines from moving, and how many a rank runs at a time."""
         self._requests.traits = traits
+        self._dispatch.router.know_places(traits.slots)
 
     def heard(self, link: RankLink) -> float:
         """Monotonic time of the last message from the engine behind a link, its handshake included."""

@@ -1,7 +1,8 @@
 """Which rank takes the next request: the one with the fewest in flight, and among equals the one whose turn it is.
 
-Requests that are about to end weigh nothing. Of answers of one length, begun together, those of one rank end a moment
-before the others', and it would get all that is left of the batch.
+In a full rank those that wait for the place of one that is about to end weigh nothing. Of answers of one length, begun
+together, those of one rank end a moment before the others', and it would get all that is left of a batch. Where a place
+is free the next one begins at once, beside all that are there, and then all of them count.
 
 A step costs the same for two ranks and for hundreds: ranks stand in queues by their weight, and where a request begins
 or ends, its rank moves by one queue.
@@ -9,6 +10,7 @@ or ends, its rank moves by one queue.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 
 
@@ -18,10 +20,11 @@ class Router:
     def __init__(self) -> None:
         self._load: Counter[int] = Counter()
         self._ending: Counter[int] = Counter()
+        self._places: float = math.inf
         self._open: set[int] = set()
         # Open ranks by weight; the first in a queue has stood there longest. There are no empty queues.
-        self._queues: dict[int, OrderedDict[int, None]] = {}
-        self._lowest = 0
+        self._queues: dict[float, OrderedDict[int, None]] = {}
+        self._lowest: float = 0
 
     @property
     def ranks(self) -> list[int]:
@@ -35,6 +38,15 @@ class Router:
     def load(self, rank: int) -> int:
         """Requests in flight on a rank, open or not."""
         return self._load[rank]
+
+    def know_places(self, places: int | None) -> None:
+        """Tells how many requests a rank runs at a time; None when nobody knows."""
+        ranks = self.ranks
+        for rank in ranks:
+            self._dequeue(rank)
+        self._places = math.inf if places is None else places
+        for rank in ranks:
+            self._enqueue(rank)
 
     def open(self, rank: int) -> None:
         """The rank may be chosen from now on."""
@@ -68,7 +80,8 @@ class Router:
         self._change(rank, -1, -was_about_to)
 
     def _change(self, rank: int, load: int, ending: int) -> None:
-        stands = rank in self._open and load != ending
+        # One that is about to end where places are free changes nothing.
+        stands = rank in self._open and (load != 0 or self._load[rank] > self._places)
         if stands:
             self._dequeue(rank)
         self._load[rank] += load
@@ -76,8 +89,9 @@ class Router:
         if stands:
             self._enqueue(rank)
 
-    def _weight(self, rank: int) -> int:
-        return self._load[rank] - self._ending[rank]
+    def _weight(self, rank: int) -> float:
+        load = self._load[rank]
+        return min(load, self._places) + max(0, load - self._places - self._ending[rank])
 
     def _enqueue(self, rank: int) -> None:
         weight = self._weight(rank)
@@ -85,7 +99,7 @@ class Router:
         if queue is None:
             queue = self._queues[weight] = OrderedDict()
         queue[rank] = None
-        if weight < self._lowest or len(self._open) == 1:
+        if weight < self._lowest or len(self._queues) == 1:
             self._lowest = weight
 
     def _dequeue(self, rank: int) -> None:

@@ -12,6 +12,7 @@ from dplaunch.client import GroupClient
 from dplaunch.errors import DplaunchError, GroupClosedError, GroupDeadError, UsageError
 from dplaunch.inflight import Failed
 from dplaunch.link import RankLink
+from dplaunch.migrate import EngineTraits
 from dplaunch.seam import frontend, wire
 
 MOST_TOKENS = 16
@@ -200,19 +201,31 @@ def test_a_finished_request_no_longer_counts_as_load() -> None:
 @pytest.mark.parametrize("gathers", [False, True])
 def test_what_is_left_of_a_batch_of_equal_answers_is_shared_though_one_rank_ends_first(gathers: bool) -> None:
     rig = Rig(2, gathers=gathers)
+    rig.client.know_engines(EngineTraits(slots=8))
+    rig.add(*(f"a{number}" for number in range(24)))
+    running = [link.added[:8] for link in rig.links.values()]
+    for rank, names in enumerate(running):
+        for _ in range(MOST_TOKENS - 1):
+            rig.answer(rank, *(output(name) for name in names))
+    rig.answer(0, *(output(name, ends=True) for name in running[0]))
+    rig.add(*(f"b{number}" for number in range(8)))
+    # The first four begin at once, and then rank 1 has as many places: in a moment.
+    assert [len(link.added) for link in rig.links.values()] == [pytest.approx(16, abs=1)] * 2
+    rig.answer(1, *(output(name, ends=True) for name in running[1]))
+    assert sum(rig.client.load.values()) == 16
+
+
+def test_while_places_are_free_a_rank_whose_requests_are_about_to_end_gets_no_more_than_the_others() -> None:
+    rig = Rig(2)
+    rig.client.know_engines(EngineTraits(slots=8))
     rig.add("a", "b", "c", "d")
     assert [sorted(link.added) for link in rig.links.values()] == [["a", "c"], ["b", "d"]]
     for _ in range(MOST_TOKENS - 1):
         rig.answer(0, output("a"), output("c"))
         rig.answer(1, output("b"), output("d"))
     rig.answer(0, output("a", ends=True), output("c", ends=True))
-    rig.add("e", "f", "g", "h")
-    assert [len(link.added) for link in rig.links.values()] == [4, 4]
-    assert rig.client.load == {0: 2, 1: 4}
-    rig.answer(1, output("b", ends=True), output("d", ends=True))
+    rig.add("e", "f")
     assert rig.client.load == {0: 2, 1: 2}
-    rig.add("i", "j")
-    assert [len(link.added) for link in rig.links.values()] == [5, 5]
 
 
 def test_requests_that_were_about_to_end_and_move_are_like_any_other_on_their_next_rank() -> None:

@@ -56,17 +56,47 @@ def test_a_request_that_ends_makes_its_rank_the_next() -> None:
     assert router.choose() == 1
 
 
-def test_requests_that_are_about_to_end_weigh_nothing_and_are_in_flight() -> None:
+def test_those_that_wait_for_the_place_of_one_that_is_about_to_end_weigh_nothing() -> None:
     router = _router(2)
-    for _ in range(4):
-        _send(router)
+    router.know_places(2)
+    for _ in range(6):
+        _send(router)  # two of each rank run, one waits
     router.ends_soon(0)
-    router.ends_soon(0)
-    assert [_send(router), _send(router)] == [0, 0]
-    assert router.load(0) == 4
-    router.end(0, was_about_to=True)
-    assert router.load(0) == 3
+    assert _send(router) == 0  # it waits behind the one that has a place in a moment
     assert {_send(router) for _ in range(2)} == {0, 1}
+    assert (router.load(0), router.load(1)) == (5, 4)
+    router.end(0, was_about_to=True)
+    assert [_send(router) for _ in range(2)].count(0) == 1
+
+
+def test_where_places_are_free_those_that_are_about_to_end_count() -> None:
+    for places in (None, 8):
+        router = _router(2)
+        router.know_places(places)
+        for _ in range(8):
+            _send(router)
+        for _ in range(4):
+            router.ends_soon(0)
+        router.end(1)
+        router.end(1)
+        assert [_send(router), _send(router)] == [1, 1]
+        assert {_send(router), _send(router)} == {0, 1}
+
+
+def test_what_is_left_of_answers_of_one_length_is_shared_evenly_though_one_rank_ends_first() -> None:
+    router = _router(2)
+    router.know_places(1024)
+    for _ in range(2 * 1536):
+        _send(router)
+    for _ in range(1024):
+        router.ends_soon(0)
+        router.ends_soon(1)
+    for _ in range(1024):
+        router.end(1, was_about_to=True)
+    assert [_send(router) for _ in range(1024)].count(0) == pytest.approx(512, abs=1)
+    for _ in range(1024):
+        router.end(0, was_about_to=True)
+    assert router.load(0) == pytest.approx(1024, abs=1)
 
 
 def test_to_choose_counts_nothing() -> None:
@@ -140,8 +170,15 @@ def test_to_open_or_close_twice_changes_nothing() -> None:
 def test_whatever_happens_an_open_rank_with_the_lowest_load_is_chosen(seed: int) -> None:
     random_ = random.Random(seed)
     router, load, open_ = Router(), dict.fromkeys(range(8), 0), set[int]()
-    ending = dict.fromkeys(range(8), 0)
-    for _ in range(3000):
+    ending, places = dict.fromkeys(range(8), 0), 10**9
+
+    def weight(rank: int) -> int:
+        return min(load[rank], places) + max(0, load[rank] - places - ending[rank])
+
+    for number in range(3000):
+        if number % 500 == 250:
+            places = random_.randrange(1, 80)
+            router.know_places(places)
         rank = random_.randrange(8)
         match random_.choice(("open", "close", "begin", "begin", "begin", "soon", "end", "end")):
             case "open":
@@ -168,4 +205,4 @@ def test_whatever_happens_an_open_rank_with_the_lowest_load_is_chosen(seed: int)
             assert not open_
         else:
             assert chosen in open_
-            assert load[chosen] - ending[chosen] == min(load[one] - ending[one] for one in open_)
+            assert weight(chosen) == min(weight(one) for one in open_)
