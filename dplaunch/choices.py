@@ -83,9 +83,7 @@ def choose_executor(spec: LaunchSpec, asked: Asked, device_type: str, world: int
         return ExecutorKind.MP, f"one worker process for each of a rank's {world} devices"
     if device_type == "cpu":
         return ExecutorKind.UNI, "one process a rank: no worker to import, no shared-memory hop"
-    if spec.dp == 1:
-        return ExecutorKind.UNI, "one rank with one device: one process less, as in vLLM"
-    return ExecutorKind.MP, "measured: one frontend drives 50-60k tokens/s, against 41k with uni"
+    return ExecutorKind.MP, "measured: with a worker process a rank has 1.1 to 1.6 times the tokens/s of uni"
 
 
 def _check_lockstep(spec: LaunchSpec, name: str, is_moe: bool | None) -> None:

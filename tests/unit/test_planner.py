@@ -323,7 +323,7 @@ def test_a_device_of_unknown_memory_is_left_to_vllm() -> None:
         (cpu(), 1, "", ExecutorKind.UNI),
         (cpu(), 2, "", ExecutorKind.UNI),
         (cpu(4), 2, "-tp 2", ExecutorKind.MP),
-        (gpu(), 1, "", ExecutorKind.UNI),
+        (gpu(), 1, "", ExecutorKind.MP),
         (gpu(), 2, "", ExecutorKind.MP),
         (gpu(), 2, "-tp 2", ExecutorKind.MP),
     ],
