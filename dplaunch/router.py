@@ -81,7 +81,7 @@ class Router:
 
     def _change(self, rank: int, load: int, ending: int) -> None:
         # One that is about to end where places are free changes nothing.
-        stands = rank in self._open and (load != 0 or self._load[rank] > self._places)
+        stands = rank in self._open and (load != 0 or self._load[rank] >= self._places)
         if stands:
             self._dequeue(rank)
         self._load[rank] += load
@@ -90,7 +90,7 @@ class Router:
             self._enqueue(rank)
 
     def _weight(self, rank: int) -> float:
-        load = self._load[rank]
+        load = self._load[rank] + 1  # The next one with it: what counts is whether that one would wait.
         return min(load, self._places) + max(0, load - self._places - self._ending[rank])
 
     def _enqueue(self, rank: int) -> None:
