@@ -6,6 +6,7 @@ One object a group, in the group's event loop. It knows ranks only as links that
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ class GroupClient:
         settle_s: seconds from a rank's death until the others are asked whether they outlived it, which comes before
             the move of its requests; 0 moves them at once.
         lockstep: whether the ranks step together.
+        places: see `Router`.
         gathers: see `Requests`.
     """
 
@@ -50,6 +52,7 @@ class GroupClient:
         emit: Listener = lambda event: None,
         settle_s: float = 0.0,
         lockstep: bool = False,
+        places: float = math.inf,
         gathers: bool = False,
     ) -> None:
         self.outputs: asyncio.Queue[Any] = asyncio.Queue()
@@ -73,6 +76,7 @@ class GroupClient:
             settle=self._settling.begin if settle_s else None,
             is_called=lambda link: self._calls.since(link) is not None,
             began=self._waves.began,
+            places=places,
             gathers=gathers,
         )
         self._dispatch = self._requests.dispatch
@@ -183,9 +187,8 @@ class GroupClient:
         self._dispatch.epoch += 1
 
     def know_engines(self, traits: EngineTraits) -> None:
-        """Tells what keeps requests of these engines from moving, and how many a rank runs at a time."""
+        """Tells what keeps requests of these engines from moving."""
         self._requests.traits = traits
-        self._dispatch.router.know_places(traits.slots)
 
     def heard(self, link: RankLink) -> float:
         """Monotonic time of the last message from the engine behind a link, its handshake included."""

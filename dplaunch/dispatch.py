@@ -26,6 +26,7 @@ class Dispatcher:
         encode: the frames of a message to an engine.
         suspects: which requests ranks may be dying of.
         lose: ends a request that cannot be served, and is told why.
+        router: chooses ranks.
         began: called when something was sent to a rank.
     """
 
@@ -34,12 +35,13 @@ class Dispatcher:
         encode: Callable[[Any], Sequence[Any]],
         suspects: Suspects,
         lose: Callable[[InFlight, str], None],
+        router: Router,
         began: Callable[[], None] = lambda: None,
     ) -> None:
         self.links: dict[int, RankLink] = {}
         self.waiting: dict[str, InFlight] = {}
         """Requests that no rank has, in the order in which they came to wait."""
-        self.router = Router()
+        self.router = router
         self.epoch = 0
         """Which weights the ranks have: one more at each change of them."""
         self.held = False

@@ -128,6 +128,7 @@ class GroupLife(GroupParts):
             emit=self._emit,
             settle_s=SETTLE_S,
             lockstep=plan.mode is Mode.LOCKSTEP,
+            places=self.config.max_num_seqs,
             gathers=not self.spec.log_stats,
         )
         weights = self.weights = Weights(client, alike=plan.mode is not Mode.LOCKSTEP)

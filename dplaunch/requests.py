@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from dplaunch.inflight import Death, Failed, InFlight
 from dplaunch.kept import Kept
 from dplaunch.link import RankLink
 from dplaunch.migrate import EngineTraits, Move, decide
+from dplaunch.router import Router
 from dplaunch.seam import wire
 from dplaunch.seam.requests import is_seen_at_its_end, most_tokens
 from dplaunch.second_run import AnsweredDifferently, SecondRun
@@ -47,6 +49,7 @@ class Requests:
         settle: called at a rank's death; its requests move when the task is done. None moves them at once.
         is_called: whether a utility call is under way on a link.
         began: called when something was sent to a rank.
+        places: see `Router`.
         gathers: whether answers that nobody sees before their end are handed to the frontend in larger pieces, and
             not token by token, which is most of its work. Its metrics would take what was gathered for one step.
     """
@@ -61,6 +64,7 @@ class Requests:
         settle: Callable[[], asyncio.Task[None]] | None,
         is_called: Callable[[RankLink], bool],
         began: Callable[[], None] = lambda: None,
+        places: float = math.inf,
         gathers: bool = False,
     ) -> None:
         self.counters = Counters()
@@ -75,7 +79,7 @@ class Requests:
         self._in_flight: dict[str, InFlight] = {}
         self._broken: set[str] = set()  # sessions that were lost while more of their input was to come
         self._suspects = Suspects(policy.max_failures)
-        self.dispatch = Dispatcher(codec.encode, self._suspects, self._lose, began)
+        self.dispatch = Dispatcher(codec.encode, self._suspects, self._lose, Router(places), began)
         self._tell = Teller(emit, policy.poison_file)
         self._stirred = asyncio.Event()
 

@@ -15,12 +15,16 @@ from collections import Counter, OrderedDict
 
 
 class Router:
-    """Counts what each rank has in flight, and chooses among those that are open. Knows ranks by number only."""
+    """Counts what each rank has in flight, and chooses among those that are open. Knows ranks by number only.
 
-    def __init__(self) -> None:
+    Args:
+        places: how many requests a rank runs at a time; endless where nobody knows.
+    """
+
+    def __init__(self, places: float = math.inf) -> None:
         self._load: Counter[int] = Counter()
         self._ending: Counter[int] = Counter()
-        self._places: float = math.inf
+        self._places = places
         self._open: set[int] = set()
         # Open ranks by weight; the first in a queue has stood there longest. There are no empty queues.
         self._queues: dict[float, OrderedDict[int, None]] = {}
@@ -38,15 +42,6 @@ class Router:
     def load(self, rank: int) -> int:
         """Requests in flight on a rank, open or not."""
         return self._load[rank]
-
-    def know_places(self, places: int | None) -> None:
-        """Tells how many requests a rank runs at a time; None when nobody knows."""
-        ranks = self.ranks
-        for rank in ranks:
-            self._dequeue(rank)
-        self._places = math.inf if places is None else places
-        for rank in ranks:
-            self._enqueue(rank)
 
     def open(self, rank: int) -> None:
         """The rank may be chosen from now on."""
@@ -99,7 +94,7 @@ class Router:
         if queue is None:
             queue = self._queues[weight] = OrderedDict()
         queue[rank] = None
-        if weight < self._lowest or len(self._queues) == 1:
+        if weight < self._lowest or len(self._open) == 1:
             self._lowest = weight
 
     def _dequeue(self, rank: int) -> None:

@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Images of containers may say the opposite, and then each import compiles vLLM's sources anew: 20 s, not 7.
+    # Images of containers may say the opposite, and then each import compiles vLLM's sources anew: twice the time.
     "PYTHONDONTWRITEBYTECODE": "",
 }
 """For both sides, and every step."""

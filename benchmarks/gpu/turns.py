@@ -54,6 +54,10 @@ class Party:
     executor: str | None = None
     at_once: int | None = None
 
+    def limit(self) -> dict[str, Any]:
+        """The engine argument that says so."""
+        return {"max_num_seqs": self.at_once} if self.at_once else {}
+
     def name(self, model: str, kind: str) -> str:
         """What its rates are called."""
         dp, at_once = self.dp and f"dp={self.dp}", self.at_once and f"{self.at_once} at once"
@@ -75,12 +79,11 @@ def in_turn(model: str, parties: Sequence[Party]) -> Run:
     """
 
     def run(setup: Setup, notes: Notes) -> None:
-        room = {} if setup.cpu else _room(model, len(parties))
         with contextlib.ExitStack() as stack:
             children = []
             for party in parties:
-                at_once = {"max_num_seqs": party.at_once} if party.at_once and not setup.cpu else {}
-                settings = setup.settings(model, party.dp, **room, **at_once)
+                args = {} if setup.cpu else _room(model, len(parties)) | party.limit()
+                settings = setup.settings(model, party.dp, **args)
                 os.environ.update(caches(setup, party.side))
                 child = start_child(party.side, settings, load_of(setup, settings.dp), party.executor)
                 children.append((party, stack.enter_context(child)))

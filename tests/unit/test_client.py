@@ -12,7 +12,6 @@ from dplaunch.client import GroupClient
 from dplaunch.errors import DplaunchError, GroupClosedError, GroupDeadError, UsageError
 from dplaunch.inflight import Failed
 from dplaunch.link import RankLink
-from dplaunch.migrate import EngineTraits
 from dplaunch.seam import frontend, wire
 
 MOST_TOKENS = 16
@@ -200,8 +199,7 @@ def test_a_finished_request_no_longer_counts_as_load() -> None:
 
 @pytest.mark.parametrize("gathers", [False, True])
 def test_what_is_left_of_a_batch_of_equal_answers_is_shared_though_one_rank_ends_first(gathers: bool) -> None:
-    rig = Rig(2, gathers=gathers)
-    rig.client.know_engines(EngineTraits(slots=8))
+    rig = Rig(2, gathers=gathers, places=8)
     rig.add(*(f"a{number}" for number in range(24)))
     running = [link.added[:8] for link in rig.links.values()]
     for rank, names in enumerate(running):
@@ -216,8 +214,7 @@ def test_what_is_left_of_a_batch_of_equal_answers_is_shared_though_one_rank_ends
 
 
 def test_while_places_are_free_a_rank_whose_requests_are_about_to_end_gets_no_more_than_the_others() -> None:
-    rig = Rig(2)
-    rig.client.know_engines(EngineTraits(slots=8))
+    rig = Rig(2, places=8)
     rig.add("a", "b", "c", "d")
     assert [sorted(link.added) for link in rig.links.values()] == [["a", "c"], ["b", "d"]]
     for _ in range(MOST_TOKENS - 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from dplaunch.router import Router
 
 
-def _router(ranks: int) -> Router:
-    router = Router()
+def _router(ranks: int, places: float = math.inf) -> Router:
+    router = Router(places)
     for rank in range(ranks):
         router.open(rank)
     return router
@@ -57,8 +58,7 @@ def test_a_request_that_ends_makes_its_rank_the_next() -> None:
 
 
 def test_those_that_wait_for_the_place_of_one_that_is_about_to_end_weigh_nothing() -> None:
-    router = _router(2)
-    router.know_places(2)
+    router = _router(2, 2)
     for _ in range(6):
         _send(router)  # two of each rank run, one waits
     router.ends_soon(0)
@@ -70,9 +70,8 @@ def test_those_that_wait_for_the_place_of_one_that_is_about_to_end_weigh_nothing
 
 
 def test_where_places_are_free_those_that_are_about_to_end_count() -> None:
-    for places in (None, 8):
-        router = _router(2)
-        router.know_places(places)
+    for places in (math.inf, 8):
+        router = _router(2, places)
         for _ in range(8):
             _send(router)
         for _ in range(4):
@@ -84,8 +83,7 @@ def test_where_places_are_free_those_that_are_about_to_end_count() -> None:
 
 
 def test_what_is_left_of_answers_of_one_length_is_shared_evenly_though_one_rank_ends_first() -> None:
-    router = _router(2)
-    router.know_places(1024)
+    router = _router(2, 1024)
     for _ in range(2 * 1536):
         _send(router)
     for _ in range(1024):
@@ -169,16 +167,14 @@ def test_to_open_or_close_twice_changes_nothing() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_whatever_happens_an_open_rank_with_the_lowest_load_is_chosen(seed: int) -> None:
     random_ = random.Random(seed)
-    router, load, open_ = Router(), dict.fromkeys(range(8), 0), set[int]()
-    ending, places = dict.fromkeys(range(8), 0), 10**9
+    places = random_.randrange(1, 80) if seed else 10**9
+    router, load, open_ = Router(places), dict.fromkeys(range(8), 0), set[int]()
+    ending = dict.fromkeys(range(8), 0)
 
     def weight(rank: int) -> int:
         return min(load[rank] + 1, places) + max(0, load[rank] + 1 - places - ending[rank])
 
-    for number in range(3000):
-        if number % 500 == 250:
-            places = random_.randrange(1, 80)
-            router.know_places(places)
+    for _ in range(3000):
         rank = random_.randrange(8)
         match random_.choice(("open", "close", "begin", "begin", "begin", "soon", "end", "end")):
             case "open":
