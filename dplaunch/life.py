@@ -41,6 +41,7 @@ from dplaunch.seam import frontend, wire
 from dplaunch.seam.config import check_version
 from dplaunch.seam.lockstep import LOOPBACK, Meetings
 from dplaunch.seam.preload import exec_environment
+from dplaunch.seam.server import import_server
 from dplaunch.sight import Sight
 from dplaunch.spec import VLLM_ENGINE, LaunchSpec, Mode
 from dplaunch.supervisor import Supervisor
@@ -160,6 +161,8 @@ class GroupLife(GroupParts):
 
         def make_engine() -> Any:
             remains.collect()
+            if self._server:
+                import_server()
             return frontend.make_engine(
                 cloudpickle.loads(self.config.config),
                 client,

@@ -1,7 +1,7 @@
 """Steps for stock vLLM and for dplaunch alike. Starts are dear, so each is used for all that it can show.
 
-A start is called cold when something was compiled in it, and else warm. Each side has compile caches of its own, which
-all scripts of a machine share: whatever starts first fills them.
+A start is called cold when vLLM compiled the model in it, second when kernels alone were compiled, and else warm. Each
+side has compile caches of its own, which all scripts of a machine share: whatever starts first fills them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ Serve = Callable[[Settings], AbstractContextManager[tuple[Server, float]]]
 SIDES: dict[str, Serve] = {STOCK: stock_server, DPLAUNCH: dplaunch_server}
 
 RATE = "tokens/s"
+
+COLD, SECOND, WARM = "cold", "second", "warm"
+"""Starts: vLLM compiled the model; kernels alone were compiled; nothing was."""
 
 CLIENTS, REQUESTS, TOKENS = 256, 1024, 128
 """For each rank: in flight at a time, in all; and generated for each request."""
@@ -81,6 +84,9 @@ def in_process(side: str, model: str, dp: int | None = None) -> Run:
 def over_http(side: str, model: str, dp: int | None = None, *, kill: bool = False) -> Run:
     """A step: a server with one frontend; its warm start, tokens/s, and with `kill` the end of a rank under load.
 
+    Its second start, the first in which vLLM compiles nothing, is told of too: the one that somebody waits for who has
+    stopped a server and starts it again.
+
     Args:
         side: whose server.
         model: of `models.CONFIGS`.
@@ -91,11 +97,17 @@ def over_http(side: str, model: str, dp: int | None = None, *, kill: bool = Fals
     def run(setup: Setup, notes: Notes) -> None:
         ranks = setup.dp if dp is None else dp
         label = f"{model} {side}" if dp is None else f"{model} {side} dp={dp}"
-        for last in (False, True):
+        second = False
+        for last in (False, False, True):
             with compiling(setup, notes, side, model) as state, SIDES[side](setup.settings(model, ranks)) as started:
                 server, seconds = started
-                notes.value(f"{label} http {state()} start", seconds)
-                if state() == "cold" and not last:
+                how = state()
+                if how != COLD and not second:
+                    second = True
+                    notes.value(f"{label} http {SECOND} start", seconds)
+                if how != SECOND:
+                    notes.value(f"{label} http {how} start", seconds)
+                if how != WARM and not last:
                     continue  # The same once more, with what is compiled by now.
                 if dp is None:
                     rate = asyncio.run(http_tokens_per_second(load_of(setup, ranks), server.address, SERVED_NAME))
@@ -189,7 +201,8 @@ def _tell(notes: Notes, samples: Mapping[str, float]) -> None:
 def caches(setup: Setup, side: str) -> dict[str, str]:
     """Where one side's compile caches are, on this machine."""
     at = Path(setup.directory).absolute().parent / "caches" / side
-    names = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    # Not TRITON_CACHE_DIR: where kernels go that are compiled besides is a part of what is compared.
+    names = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_HOME": "triton"}
     return {variable: str(at / name) for variable, name in names.items()}
 
 
@@ -200,14 +213,21 @@ def compiled(setup: Setup, side: str) -> set[Path]:
     return set(root.glob("torch_compile_cache/**/rank_*_*"))
 
 
+def kernels(setup: Setup, side: str) -> set[Path]:
+    """The kernels that Triton has compiled and kept."""
+    return {kernel for folder in caches(setup, side).values() for kernel in Path(folder).rglob("*.cubin")}
+
+
 @contextmanager
 def compiling(setup: Setup, notes: Notes, side: str, model: str) -> Iterator[Callable[[], str]]:
-    """Has what starts inside use the side's caches; gives what says whether it was a "cold" start or a "warm" one."""
+    """Has what starts inside use the side's caches; gives what says how it started: COLD, SECOND or WARM."""
     os.environ.update(caches(setup, side))
-    before = compiled(setup, side)
+    before, kept = compiled(setup, side), kernels(setup, side)
 
     def state() -> str:
-        return "cold" if compiled(setup, side) - before else "warm"
+        if compiled(setup, side) - before:
+            return COLD
+        return SECOND if kernels(setup, side) - kept else WARM
 
     yield state
     if new := compiled(setup, side) - before:

@@ -29,7 +29,7 @@ ROUNDS = 3
 IDLE_S = 2.0
 """Seconds between two turns: vLLM's processes look for work without a pause for one after the last."""
 
-SHARE = 0.7
+SHARE = 0.85
 """Of a device, for the weights and KV caches of all; the rest is for what each needs besides."""
 
 GRAPHS = 512
@@ -66,6 +66,7 @@ class Party:
 
 
 ALL = (Party(STOCK), Party(DPLAUNCH))
+SINGLE = Party(DPLAUNCH, 1)
 FEWER = (Party(STOCK, at_once=GRAPHS), Party(DPLAUNCH, at_once=GRAPHS))
 ONE = (Party(STOCK, 1), Party(DPLAUNCH, 1, "mp"), Party(DPLAUNCH, 1, "uni"))
 
@@ -123,15 +124,18 @@ SCRIPT = Script(
     "turns",
     __doc__,
     [
-        Step(name="all", run=in_turn("small", (*ALL, *FEWER)), limit_s=540, about_s=360),
+        # With all ranks beside one: how much more several do. On one device that is the same twice.
+        Step(name="all", run=in_turn("small", (*ALL, SINGLE)), limit_s=540, about_s=250),
+        Step(name="all-large", run=in_turn("large", (*ALL, SINGLE)), limit_s=540, about_s=330),
         Step(name="one", run=in_turn("small", ONE), limit_s=420, about_s=260),
-        Step(name="all-large", run=in_turn("large", ALL), limit_s=480, about_s=300),
+        Step(name="fewer", run=in_turn("small", (*ALL, *FEWER)), limit_s=540, about_s=300),
     ],
     [
         *_compared("dplaunch over stock", "small", *ALL, goal=1.0),
         *_compared("one rank, dplaunch over stock", "small", _STOCKS_ONE, _MP_ONE, goal=1.0),
         *_compared("one rank, executor mp over uni", "small", _UNI_ONE, _MP_ONE),
-        *_compared("all ranks over one", "small", _MP_ONE, Party(DPLAUNCH)),
+        *_compared("all ranks over one", "small", SINGLE, ALL[1]),
+        *_compared("all ranks over one", "large", SINGLE, ALL[1]),
         *_compared(f"{GRAPHS} at once on both, dplaunch over stock", "small", *FEWER, goal=1.0),
         *_compared(f"dplaunch, {GRAPHS} at once over 1024", "small", ALL[1], FEWER[1]),
         *_compared("dplaunch over stock", "large", *ALL, goal=1.0),

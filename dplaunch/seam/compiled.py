@@ -5,6 +5,8 @@ compiles the same code for itself. Ranks that do not step together differ in not
 hash: their workers have 0 for it as long as the name is made, and one rank at a time compiles. It has compiled, saved
 and tuned all of it when `determine_available_memory` returns: that is where vLLM runs the model for the first time.
 
+What Triton compiles besides is kept for the next start as well (`keep_kernels`).
+
 Left alone: ranks that step together, whose code knows of each other; workers whose device has another number than they
 have, since compiled code names its device; Ray as a rank's own executor, whose workers may be on another disk; models
 without a KV cache, which are run for the first time later; and whatever is not compiled by vLLM's own backend, as on a
@@ -17,7 +19,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,29 @@ SHARING = frozenset({"uni", "mp"})
 
 FOLDER = Path("torch_compile_cache", "dplaunch")
 """Where the locks are, in VLLM_CACHE_ROOT: who clears vLLM's compile cache clears them too."""
+
+KERNELS = "TRITON_CACHE_DIR"
+
+
+def keep_kernels(device_type: str, environ: MutableMapping[str, str]) -> None:
+    """Has a rank's workers keep what Triton compiles where Triton does by itself, so that the next start finds it.
+
+    Where the variable is not set, Inductor sets it with its first kernel, to a folder of its own cache
+    (torch/_inductor/runtime/triton_heuristics.py), and while vLLM compiles that cache is one for this compilation
+    alone. So the kernels that vLLM's model runner had compiled after it, for 15 s and more, were gone with the process.
+
+    Args:
+        device_type: torch's name of the ranks' devices; a CPU has no such kernels.
+        environ: of the rank's process; nothing is changed in it when the variable is set, or the folder cannot be had.
+    """
+    if device_type == "cpu" or environ.get(KERNELS):
+        return
+    # Triton, knobs.py (cache_knobs).
+    folder = Path(environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton", "cache")
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            environ[KERNELS] = str(folder)
 
 
 @contextlib.contextmanager

@@ -65,6 +65,7 @@ def run_engine(boot: RankBoot, channel: RankChannel) -> None:
             config.parallel_config.data_parallel_master_port = master_port(boot.instance_id, boot.rank)
     if boot.cpus:
         _use_cores(len(boot.cpus))
+    compiled.keep_kernels(config.device_config.device_type, os.environ)
     executor_class = _with_phases(Executor.get_class(config), boot, channel, eager=config.model_config.enforce_eager)
     # In this process only, and only for this: run_engine_core looks the class up in its module.
     run_engine_core = core.EngineCoreProc.run_engine_core

@@ -12,11 +12,14 @@ from dplaunch.seam.frontend import preserved_environ
 
 
 def import_server() -> None:
-    """Imports what the app needs, while the ranks load."""
-    import vllm.entrypoints.openai.chat_completion.serving  # noqa: F401
+    """Imports what the app needs, while the ranks load; otherwise the first client waits for it."""
+    with preserved_environ():
+        import vllm.entrypoints.openai.chat_completion.serving
+        import vllm.reasoning
+        import vllm.tool_parsers  # noqa: F401
 
-    older.moved("init_app_state")
-    older.moved("build_app")
+        older.moved("init_app_state")
+        older.moved("build_app")
 
 
 async def make_app(engine: Any, args: argparse.Namespace) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 import dplaunch
 from benchmarks.gpu import devices, looks
@@ -74,3 +77,19 @@ def test_a_killed_rank_holds_no_memory_and_comes_back_on_the_same_device(group: 
     (after,) = looks.facts(group, rank)
     assert [worker["uuid"] for worker in after] == [worker["uuid"] for worker in before]
     assert {worker["pid"] for worker in after}.isdisjoint(worker["pid"] for worker in before)
+
+
+def test_a_second_start_finds_every_kernel_that_the_first_has_compiled(
+    path: str, engine_args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    for name, folder in (("VLLM_CACHE_ROOT", "vllm"), ("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_HOME", "home")):
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    found = []
+    for _ in range(2):
+        with launcher(path, engine_args | SMALL | {"enforce_eager": False}) as (process, said):
+            closes_and_frees(process, said)
+        found.append({kernel.name for kernel in tmp_path.rglob("*.cubin")})
+    first, second = found
+    assert first
+    assert second - first == set(), "compiled again: the first start has not kept them"

@@ -15,7 +15,7 @@ from benchmarks.gpu import devices, notes, turns
 from benchmarks.gpu.models import shapes
 from benchmarks.gpu.notes import Notes
 from benchmarks.gpu.setup import Setup
-from benchmarks.gpu.turns import ALL, FEWER, ONE, Party
+from benchmarks.gpu.turns import ALL, FEWER, ONE, SINGLE, Party
 
 GIB = 2**30
 
@@ -80,7 +80,7 @@ def test_engines_work_in_turn_and_in_every_second_round_the_other_way_round(
 
 
 def test_each_engine_has_a_name_of_its_own_and_all_that_is_compared_is_measured() -> None:
-    everybody = [(model, party) for model in ("small", "large") for party in (*ALL, *FEWER, *ONE)]
+    everybody = [(model, party) for model in ("small", "large") for party in (*ALL, SINGLE, *FEWER, *ONE)]
     names = [party.name(model, kind) for model, party in everybody for kind in turns.KINDS]
     assert len(set(names)) == len(names)
     assert Party(DPLAUNCH, 1, "mp").name("small", "batch") == "small dplaunch mp dp=1 batch in turn"

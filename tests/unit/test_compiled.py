@@ -178,6 +178,33 @@ def test_where_no_lock_can_be_had_a_rank_compiles_for_itself_and_says_why(
     assert "rank 1 compiles for itself: there can be no lock beside vLLM's compile cache" in capfd.readouterr().err
 
 
+def test_kernels_are_kept_where_triton_keeps_them_so_that_the_next_start_finds_them(tmp_path: Path) -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    environ = {"TRITON_HOME": str(tmp_path / "home")}
+    compiled.keep_kernels("cuda", environ)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_CACHE_DIR", raising=False)
+        patch.setenv("TRITON_HOME", environ["TRITON_HOME"])
+        assert environ["TRITON_CACHE_DIR"] == knobs.cache.dir
+    assert Path(environ["TRITON_CACHE_DIR"]).is_dir()
+
+
+def test_a_folder_for_kernels_that_is_set_or_cannot_be_had_and_a_cpus_ranks_are_left_as_they_are(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").touch()
+    untouched = [
+        ("cuda", {"TRITON_CACHE_DIR": "/elsewhere", "TRITON_HOME": str(tmp_path)}),
+        ("cuda", {"TRITON_HOME": str(tmp_path / "file")}),
+        ("cpu", {"TRITON_HOME": str(tmp_path)}),
+    ]
+    for device_type, environ in untouched:
+        before = dict(environ)
+        compiled.keep_kernels(device_type, environ)
+        assert environ == before
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 def test_of_two_cold_ranks_one_compiles_and_the_other_loads_the_same_code(tmp_path: Path) -> None:
     """With vLLM's own backend, on this machine's CPU; a third rank, that comes later, waits for nobody."""
     done = subprocess.run(
