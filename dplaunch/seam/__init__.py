@@ -49,7 +49,8 @@ is used; older.py what older versions lack. What we rely on, and where:
 * config.py, flags and config: `make_arg_parser`, `validate_parsed_serve_args`, `AsyncEngineArgs`.
 * server.py, the OpenAI app: `build_app`, `init_app_state`.
 * prompts.py, prompts in `generate`: `ChatParams`, `parse_model_prompt`, `BaseRenderer.render_chat_async`, `render_cmpl`
-  and `render_cmpl_async`; that a SamplingParams is copied with all in it unless `skip_clone` says that it need not be.
+  and `render_cmpl_async`, and that the latter tokenizes with `_tokenize_prompt_async`, which is `_tokenize_prompt` in a
+  thread; that a SamplingParams is copied with all in it unless `skip_clone` says that it need not be.
 * saved.py, answers in a results file: `RequestOutput`, `CompletionOutput`, `WeightVersionSpan`, `PoolingRequestOutput`,
   `PoolingOutput` and `Logprob`, and that SamplingParams and PoolingParams are msgspec structs with a default each.
 """

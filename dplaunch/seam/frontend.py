@@ -18,7 +18,7 @@ from typing import Any
 from dplaunch.client import GroupClient
 from dplaunch.errors import DplaunchError, GroupDeadError
 from dplaunch.inflight import Failed
-from dplaunch.seam import failures, older, wire
+from dplaunch.seam import failures, older, prompts, wire
 from dplaunch.seam.traits import engine_traits
 
 _PENDING: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar("pending", default=None)
@@ -98,6 +98,7 @@ def make_engine(
             )
             engine.engine_core.output_processor = engine.output_processor
             _complete_aborted(engine.output_processor, client)
+            prompts.tokenize_short_ones_at_once(engine.renderer)
             older.pass_on_failures(engine)
             failures.failure_class()  # Imported now, and not in the event loop at the first failure.
             return engine

@@ -121,10 +121,14 @@ FRONTEND = (
             "BaseRenderer.render_chat_async": "self, conversations, chat_params, tok_params",
             "BaseRenderer.render_cmpl": "self, prompts, tok_params",
             "BaseRenderer.render_cmpl_async": "self, prompts, tok_params",
+            "BaseRenderer._tokenize_prompt": "self, prompt, params",
             "ChatParams": "chat_template_kwargs=",
         },
     ),
-    Relied("vllm.renderers:BaseRenderer", has=("default_cmpl_tok_params", "default_chat_tok_params")),
+    Relied(
+        "vllm.renderers:BaseRenderer",
+        has=("default_cmpl_tok_params", "default_chat_tok_params", "_tokenize_prompt_async"),
+    ),
     Relied("vllm.renderers.inputs.preprocess:parse_model_prompt", "model_config, prompt"),
 )
 

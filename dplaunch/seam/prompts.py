@@ -14,6 +14,23 @@ milliseconds for each prompt, however short.
 """
 
 
+def tokenize_short_ones_at_once(renderer: Any) -> None:
+    """Has vLLM's frontend do so too, for requests over HTTP and to the engine. Chat templates stay in its thread.
+
+    Args:
+        renderer: an AsyncLLM's.
+    """
+    in_thread = renderer._tokenize_prompt_async
+
+    async def tokenize(prompt: Any, params: Any) -> Any:
+        text = prompt.get("prompt")
+        if isinstance(text, str) and len(text) <= SHORT:
+            return renderer._tokenize_prompt(prompt, params)
+        return await in_thread(prompt, params)
+
+    renderer._tokenize_prompt_async = tokenize
+
+
 _TOKENS = frozenset({"prompt_token_ids", "prompt"})
 """The keys of a prompt that is tokenized, and of its text."""
 

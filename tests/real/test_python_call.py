@@ -9,6 +9,7 @@ import signal
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -164,5 +165,20 @@ async def test_the_async_group_works_inside_a_running_loop_and_gives_an_asyncllm
         async for output in engine.generate("The sky is", sampling(), "by-hand"):
             last = output
         assert text(last) == text(outputs[0])
+        await _tokenizes_short_prompts_at_once(engine)
     with pytest.raises(dplaunch.GroupClosedError):
         _ = group.engine
+
+
+async def _tokenizes_short_prompts_at_once(engine: Any) -> None:
+    """A long one goes to vLLM's thread, and both are what vLLM makes of them."""
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+    renderer = engine.renderer
+    params = renderer.default_cmpl_tok_params
+    for prompt, calls in (("The sky is", 1), ("a" + 4000 * " ", 0)):
+        parsed = [parse_model_prompt(engine.model_config, prompt)]
+        with patch.object(renderer, "_tokenize_prompt", wraps=renderer._tokenize_prompt) as tokenize:
+            (rendered,) = await renderer.render_cmpl_async(parsed, params)
+        assert tokenize.call_count == calls
+        assert rendered["prompt_token_ids"] == renderer.render_cmpl(parsed, params)[0]["prompt_token_ids"]

@@ -13,7 +13,7 @@ import pytest
 from dplaunch.batch import HEADROOM, run_batch, stream_one
 from dplaunch.errors import GroupDeadError, RequestError, UsageError
 from dplaunch.seam import frontend, prompts
-from dplaunch.seam.prompts import SHORT
+from dplaunch.seam.prompts import SHORT, tokenize_short_ones_at_once
 from dplaunch.testing import poll_until_async
 
 BAD = "bad"
@@ -193,6 +193,25 @@ async def test_a_short_prompt_is_tokenized_at_once_and_a_long_one_while_the_even
     engine = FakeEngine()
     await run(engine, ["a" * SHORT, "b" * (SHORT + 1), {"prompt": "c"}])
     assert engine.renderer.elsewhere == 2
+
+
+async def test_vllms_renderer_gets_a_short_prompt_tokenized_at_once_and_leaves_all_else_to_its_thread() -> None:
+    class Renderer:
+        def _tokenize_prompt(self, prompt: dict[str, Any], params: None) -> str:
+            return "at once"
+
+        async def _tokenize_prompt_async(self, prompt: dict[str, Any], params: None) -> str:
+            return "in its thread"
+
+    renderer = Renderer()
+    tokenize_short_ones_at_once(renderer)
+    for prompt, where in (
+        ({"prompt": "a" * SHORT}, "at once"),
+        ({"prompt": "a" * (SHORT + 1)}, "in its thread"),
+        ({"prompt": None}, "in its thread"),
+        ({}, "in its thread"),
+    ):
+        assert await renderer._tokenize_prompt_async(prompt, None) == where
 
 
 async def test_what_is_a_requests_own_in_its_params_is_copied_for_each() -> None:
