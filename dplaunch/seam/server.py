@@ -14,9 +14,9 @@ from dplaunch.seam.frontend import preserved_environ
 def import_server() -> None:
     """Imports what the app needs, while the ranks load; otherwise the first client waits for it."""
     with preserved_environ():
-        import vllm.entrypoints.openai.chat_completion.serving
-        import vllm.reasoning
-        import vllm.tool_parsers  # noqa: F401
+        import vllm.entrypoints.openai.chat_completion.serving  # noqa: F401
+        from vllm.reasoning import ReasoningParserManager  # noqa: F401
+        from vllm.tool_parsers import ToolParserManager  # noqa: F401
 
         older.moved("init_app_state")
         older.moved("build_app")

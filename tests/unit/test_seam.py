@@ -531,12 +531,14 @@ def test_the_zygote_of_cpu_ranks_is_loaded_with_libraries_only_where_they_are_no
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `seam_probe` found out in a process of its own."""
     model = tiny_model(tmp_path_factory.mktemp("seam") / "model")
+    # As in a user's process: a test before may have imported vLLM in this one.
+    environ = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_COMPILE_THREADS"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.unit.seam_probe", str(model)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
