@@ -9,7 +9,7 @@ VERSION ?= 0.33.0
 ARGS ?=
 
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest --reruns 1
+PYTEST := $(BIN)/python -m pytest --reruns 1 --rerun-show-tracebacks
 STAMP := .venv/.dplaunch-env
 
 .DEFAULT_GOAL := help
