@@ -84,8 +84,8 @@ def in_process(side: str, model: str, dp: int | None = None) -> Run:
 def over_http(side: str, model: str, dp: int | None = None, *, kill: bool = False) -> Run:
     """A step: a server with one frontend; its warm start, tokens/s, and with `kill` the end of a rank under load.
 
-    Its second start, the first in which vLLM compiles nothing, is told of too: the one that somebody waits for who has
-    stopped a server and starts it again.
+    Its second start, the first in which vLLM does not compile the model, is told of too: the one that somebody waits
+    for who has stopped a server and starts it again. It may be a warm one.
 
     Args:
         side: whose server.

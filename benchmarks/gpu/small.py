@@ -38,8 +38,7 @@ def one_rank(model: str, about_s: float) -> Step:
 
 def starts(model: str, goal: float | None = None) -> list[Comparison]:
     """Process start to first answer."""
-    kinds = [("http warm", goal), ("http second", goal), ("python warm", None), ("http cold", None)]
-    kinds.append(("python cold", None))
+    kinds = {"http warm": goal, "http second": goal, "python warm": None, "http cold": None, "python cold": None}
     return [
         Comparison(
             title=f"{model}: {kind} start",
@@ -48,7 +47,7 @@ def starts(model: str, goal: float | None = None) -> list[Comparison]:
             ours=f"{model} dplaunch {kind} start",
             goal=wanted,
         )
-        for kind, wanted in kinds
+        for kind, wanted in kinds.items()
     ]
 
 
@@ -71,7 +70,7 @@ SCRIPT = Script(
     __doc__,
     [
         Step(name="imports", run=imports, limit_s=120, about_s=25),
-        # The first of each side fills its caches, so that the second one is a warm start. Stock's come first: they are
+        # The first of each side fills its caches, so that a server's is its second start. Stock's come first: they are
         # the dear ones, and what finds no time left is made up for the sooner.
         Step(name="stock-python", run=in_process(STOCK, MODEL), limit_s=360, about_s=110),
         Step(name="stock-http", run=over_http(STOCK, MODEL, kill=True), limit_s=360, about_s=210),

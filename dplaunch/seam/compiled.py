@@ -34,6 +34,7 @@ FOLDER = Path("torch_compile_cache", "dplaunch")
 """Where the locks are, in VLLM_CACHE_ROOT: who clears vLLM's compile cache clears them too."""
 
 KERNELS = "TRITON_CACHE_DIR"
+"""The variable that says where Triton's kernels are kept."""
 
 
 def keep_kernels(device_type: str, environ: MutableMapping[str, str]) -> None:

@@ -13,24 +13,6 @@ vLLM has a thread for it. Where the event loop is busy, as at the start of a bat
 milliseconds for each prompt, however short.
 """
 
-
-def tokenize_short_ones_at_once(renderer: Any) -> None:
-    """Has vLLM's frontend do so too, for requests over HTTP and to the engine. Chat templates stay in its thread.
-
-    Args:
-        renderer: an AsyncLLM's.
-    """
-    in_thread = renderer._tokenize_prompt_async
-
-    async def tokenize(prompt: Any, params: Any) -> Any:
-        text = prompt.get("prompt")
-        if isinstance(text, str) and len(text) <= SHORT:
-            return renderer._tokenize_prompt(prompt, params)
-        return await in_thread(prompt, params)
-
-    renderer._tokenize_prompt_async = tokenize
-
-
 _TOKENS = frozenset({"prompt_token_ids", "prompt"})
 """The keys of a prompt that is tokenized, and of its text."""
 
@@ -42,9 +24,27 @@ def is_chat(prompt: Any) -> bool:
 
 def _is_short(prompt: Any) -> bool:
     """Whether it takes no time to speak of to make a prompt ready: a short text, or token ids and nothing else."""
-    if isinstance(prompt, str):
-        return len(prompt) <= SHORT
-    return "prompt_token_ids" in prompt and _TOKENS.issuperset(prompt)
+    if isinstance(prompt, Mapping):
+        return "prompt_token_ids" in prompt and _TOKENS.issuperset(prompt)
+    return isinstance(prompt, str) and len(prompt) <= SHORT
+
+
+def tokenize_short_ones_at_once(renderer: Any) -> None:
+    """Has vLLM's frontend tokenize short texts in the event loop too, for requests over HTTP and to the engine.
+
+    Chat templates stay in its thread.
+
+    Args:
+        renderer: an AsyncLLM's.
+    """
+    in_thread = renderer._tokenize_prompt_async
+
+    async def tokenize(prompt: Any, params: Any) -> Any:
+        if _is_short(prompt.get("prompt")):
+            return renderer._tokenize_prompt(prompt, params)
+        return await in_thread(prompt, params)
+
+    renderer._tokenize_prompt_async = tokenize
 
 
 async def render(engine: Any, prompt: Any) -> Any:

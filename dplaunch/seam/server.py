@@ -12,7 +12,7 @@ from dplaunch.seam.frontend import preserved_environ
 
 
 def import_server() -> None:
-    """Imports what the app needs, while the ranks load; otherwise the first client waits for it."""
+    """Imports what the app needs, while the ranks load: when they are ready, the app waits for nothing else."""
     with preserved_environ():
         import vllm.entrypoints.openai.chat_completion.serving  # noqa: F401
         from vllm.reasoning import ReasoningParserManager  # noqa: F401
